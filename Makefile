@@ -1,0 +1,80 @@
+# The book and its library. "make book" and "make test" set everything up by themselves;
+# all they need is Python 3.11-3.13 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+CACHE := _build/.jupyter_cache
+NB ?= book
+
+# Chapters are committed without outputs, ids kept.
+STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.widgets"
+
+# What a chapter's outputs depend on besides its own code cells. The cache knows only the
+# cells, so a change in any of these empties it.
+SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* book/results/*) requirements.txt)
+
+.NOTPARALLEL:
+.PHONY: help book serve test lint pytest notebooks format bench lock clean FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+book: $(READY) _build/sources ## run the chapters that changed and build the book
+	$(BIN)/jupyter-book build . -W --keep-going -n
+	@echo "Open _build/html/index.html, or run: make serve"
+
+serve: ## serve the built book on http://127.0.0.1:8000
+	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
+	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory _build/html
+
+test: lint pytest notebooks ## lint, then the tests, then every chapter
+
+lint: $(READY) ## check style, formatting and that chapters hold no outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(STRIP) --verify book/*.ipynb || { echo "Run: make format"; exit 1; }
+
+pytest: $(READY) ## the tests in tests/
+	$(BIN)/pytest --durations=10
+
+# The book reads what these runs leave in the cache, so nothing is run twice. Warnings are
+# errors in tests/ only: here they would come from Jupyter's own parts.
+notebooks: $(READY) _build/sources ## run every chapter, or one: NB=book/02_duality.ipynb
+	$(BIN)/pytest --nbmake --nbmake-timeout=300 --nb-cache $(CACHE) \
+	  -p no:cacheprovider -W default -v --durations=0 $(NB)
+
+format: $(READY) ## format code and chapters, drop the chapters' outputs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(STRIP) book/*.ipynb
+
+bench: $(READY) ## run every script in benchmarks/
+	@set -e; for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f"; done
+
+lock: ## rewrite requirements.txt from pyproject.toml (all newest: delete it first)
+	$(PYTHON) -m venv _build/uv
+	_build/uv/bin/pip install -q uv
+	_build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	  --fork-strategy fewest --extra book --extra test --extra train \
+	  --no-config --no-emit-index-url --annotation-style line \
+	  --custom-compile-command "make lock" --output-file requirements.txt pyproject.toml
+
+clean: ## remove everything that make has made
+	rm -rf .venv _build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The chapters' results in CI are those of the CPU; set JAX_PLATFORMS to run elsewhere.
+book test pytest notebooks: export JAX_PLATFORMS ?= cpu
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("This needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v)'
+	@echo "Setting up .venv (once, a minute or two) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+_build/sources: FORCE
+	@new=$$(echo "JAX_PLATFORMS=$$JAX_PLATFORMS"; cksum $(SOURCES)); \
+	if [ "$$new" != "$$(cat $@ 2>/dev/null)" ]; then \
+	  rm -rf _build; mkdir _build; echo "$$new" > $@; fi

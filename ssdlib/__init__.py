@@ -1,0 +1,37 @@
+"""State space duality in standard JAX: three forms of one map, and Mamba-2 on them."""
+
+from ssdlib.chunked import ssd_chunked
+from ssdlib.config import Mamba2Config
+from ssdlib.generate import Generation, generate, stream
+from ssdlib.model import (
+    Cache,
+    decode_step,
+    forward,
+    init_cache,
+    init_params,
+    prefill,
+)
+from ssdlib.quadratic import decay_mask, segsum, ssd_quadratic
+from ssdlib.recurrence import ssd_recurrent, ssd_step
+from ssdlib.weights import load, save
+
+__all__ = [
+    "Cache",
+    "Generation",
+    "Mamba2Config",
+    "decay_mask",
+    "decode_step",
+    "forward",
+    "generate",
+    "init_cache",
+    "init_params",
+    "load",
+    "prefill",
+    "save",
+    "segsum",
+    "ssd_chunked",
+    "ssd_quadratic",
+    "ssd_recurrent",
+    "ssd_step",
+    "stream",
+]

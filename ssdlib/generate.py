@@ -1,0 +1,280 @@
+"""Generation as one compiled program: prefill, then a loop that stays on the device.
+
+    while any row is alive and i < n:
+        token  ~ softmax(logits / temperature)
+        logits, cache = decode_step(token, cache)
+
+The cache has a fixed size, so every pass of the loop is the same program on the same
+buffers: nothing grows, nothing is recompiled, and nothing visits the host.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ssdlib._checks import check_integers, check_range
+from ssdlib.config import Mamba2Config
+from ssdlib.model import (
+    ArrayLike,
+    Cache,
+    Params,
+    check_cache,
+    check_tokens,
+    init_cache,
+    prefill_any,
+)
+
+__all__ = ["Generation", "bucket", "generate", "sample", "stream"]
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    tokens:  (b, max_new_tokens); after its end a row is filled with eos_id.
+    lengths: (b,) tokens each row produced, its eos_id counted.
+    cache:   has read the prompt and those tokens: pass it on to go on from here.
+    """
+
+    tokens: Int[Array, "b n"]
+    lengths: Int[Array, "b"]
+    cache: Cache
+
+
+def generate(
+    params: Params,
+    config: Mamba2Config,
+    prompt: Int[ArrayLike, "b T"],
+    max_new_tokens: int,
+    *,
+    lengths: Int[ArrayLike, "b"] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    key: Array | None = None,
+    cache: Cache | None = None,
+) -> Generation:
+    """Continue every row of the prompt by up to max_new_tokens tokens.
+
+    temperature 0 takes the most probable token; above 0 it samples with `key`, from
+    the top_k most probable tokens if given, and of those from the smallest set that
+    holds probability top_p if given. `lengths` marks right-padded rows. With `eos_id`
+    a row ends at that token, and the loop stops once all rows ended. A `cache` from an
+    earlier call goes on from there, without reading the past again; it stays valid.
+
+    Compiled once for each batch size, bucket of T, bucket of max_new_tokens and kind
+    of sampling. Buckets are 16, 24, 32, 48, 64, 96 ..., two an octave: 25 of them cover
+    all prompts up to 65,536 tokens. Token i is drawn with `jax.random.fold_in(key, i)`.
+
+    Raises ValueError for shapes, dtypes or values out of range, naming the argument.
+    """
+    options = _check(
+        config, prompt, max_new_tokens, lengths, temperature, top_k, top_p, eos_id, key
+    )
+    state, cache = _start(
+        params, config, prompt, lengths, cache, max_new_tokens, max_new_tokens, options
+    )
+    return Generation(state.tokens[:, :max_new_tokens], state.lengths, cache)
+
+
+def stream(
+    params: Params,
+    config: Mamba2Config,
+    prompt: Int[ArrayLike, "b T"],
+    max_new_tokens: int,
+    *,
+    lengths: Int[ArrayLike, "b"] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    key: Array | None = None,
+    cache: Cache | None = None,
+    block: int = 16,
+) -> Iterator[np.ndarray]:
+    """`generate` for one who watches: yields (b, at most `block`) tokens at a time.
+
+    The same tokens as `generate`, with one host round trip a block: the next block is
+    already running on the device while the caller handles this one. Ends early once
+    every row has met `eos_id`. Arguments are checked at the call.
+    """
+    options = _check(
+        config, prompt, max_new_tokens, lengths, temperature, top_k, top_p, eos_id, key
+    )
+    if block < 1:
+        raise ValueError(f"block: {block}; it must be at least 1")
+    n = min(block, max_new_tokens)
+    carry = _start(params, config, prompt, lengths, cache, n, block, options)
+
+    def blocks(state, cache, done=0):
+        while True:
+            n = min(block, max_new_tokens - done)
+            tokens, alive = state.tokens[:, :n], state.alive
+            done += n
+            if done < max_new_tokens:  # queue the next block, then wait for this one
+                n = min(block, max_new_tokens - done)
+                state, cache = _decode_jit(
+                    params, config, state, cache, n, bucket(block), options
+                )
+            yield np.asarray(tokens)
+            if done == max_new_tokens or not np.asarray(alive).any():
+                return
+
+    return blocks(*carry)
+
+
+# --- the compiled program -------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Options:
+    """How to pick tokens. Fields that are None shape the program; others are traced."""
+
+    temperature: Array | None
+    top_p: Array | None
+    eos_id: Array | None
+    key: Array | None
+    top_k: int | None = field(metadata={"static": True})
+
+
+class State(NamedTuple):
+    """What one block hands to the next, beside the cache."""
+
+    tokens: Array  # (b, size) the block just made
+    lengths: Array  # (b,) tokens produced so far
+    alive: Array  # (b,) rows that have not ended
+    logits: Array  # (b, V) for the next token
+    total: Array  # () tokens since the prompt
+
+
+def _start(params, config, prompt, lengths, cache, n, size, options):
+    """Pad the prompt to its bucket and run the whole program."""
+    prompt = np.asarray(prompt)
+    b, T = prompt.shape
+    width = bucket(T)
+    if lengths is None and width != T:
+        lengths = np.full(b, T, np.int32)
+    prompt = np.pad(prompt, [(0, 0), (0, width - T)])
+    if cache is None:
+        cache = init_cache(config, b, params["embedding"].dtype)
+    else:
+        check_cache(config, cache, b)
+        cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
+    return _generate_jit(
+        params, config, prompt, lengths, cache, n, bucket(size), options
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="cache")
+def _generate_jit(params, config, prompt, lengths, cache, n, size, options):
+    """Prefill, then decode n tokens into a buffer of `size`."""
+    b = len(prompt)
+    logits, cache = prefill_any(params, config, prompt, cache, lengths)
+    none, zero = jnp.zeros(b, jnp.int32), jnp.zeros((), jnp.int32)
+    state = State(none[:, None], none, jnp.ones(b, bool), logits, zero)
+    return _decode(params, config, state, cache, n, size, options)
+
+
+@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="cache")
+def _decode_jit(params, config, state, cache, n, size, options):
+    """The next block: no prompt, otherwise the same loop."""
+    return _decode(params, config, state, cache, n, size, options)
+
+
+def _decode(params, config, state, cache, n, size, options):
+    """The loop: at most n more tokens, in a fresh buffer of `size`."""
+    b, eos_id = len(state.lengths), options.eos_id
+    fill = 0 if eos_id is None else eos_id
+    state = state._replace(tokens=jnp.full((b, size), fill, jnp.int32))
+
+    def unfinished(carry):
+        i, s, _ = carry
+        return (i < n) & s.alive.any()
+
+    def step(carry):
+        i, s, cache = carry
+        key = options.key
+        key = None if key is None else jax.random.fold_in(key, s.total)
+        token = sample(s.logits, key, options.temperature, options.top_k, options.top_p)
+        token = jnp.where(s.alive, token, fill)
+        read = None if eos_id is None else s.alive.astype(jnp.int32)
+        logits, cache = prefill_any(params, config, token[:, None], cache, read)
+        s = State(
+            tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, i, 1),
+            lengths=s.lengths + s.alive,
+            alive=s.alive if eos_id is None else s.alive & (token != eos_id),
+            logits=logits,
+            total=s.total + 1,
+        )
+        return i + 1, s, cache
+
+    carry = jnp.zeros((), jnp.int32), state, cache
+    _, state, cache = jax.lax.while_loop(unfinished, step, carry)
+    return state, cache
+
+
+def sample(
+    logits: Float[Array, "b V"],
+    key: Array | None = None,
+    temperature: Float[Array, ""] | None = None,
+    top_k: int | None = None,
+    top_p: Float[Array, ""] | None = None,
+) -> Int[Array, "b"]:
+    """One token per row: argmax without a temperature, else a draw, on the device.
+
+    top_k keeps the k most probable tokens; top_p then keeps the smallest set of them
+    whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751, section
+    3.1). Without either, no sort is made.
+    """
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / temperature
+    if top_k is None and top_p is None:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    logits, ids = jax.lax.top_k(logits, top_k or logits.shape[-1])
+    if top_p is not None:
+        p = jax.nn.softmax(logits)
+        before = jnp.cumsum(p, axis=-1) - p
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
+    choice = jax.random.categorical(key, logits)[:, None]
+    return jnp.take_along_axis(ids, choice, axis=-1)[:, 0].astype(jnp.int32)
+
+
+def bucket(size: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96 ... that holds size."""
+    octave = 16
+    while octave < size:
+        if octave + octave // 2 >= size:
+            return octave + octave // 2
+        octave *= 2
+    return octave
+
+
+def _check(config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
+    """Raise ValueError for arguments that make no sense; return the `Options`."""
+    check_tokens(config, prompt, lengths, name="prompt")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"max_new_tokens: {n!r}; it must be an integer of at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: {temperature}; it must be 0 or more")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k: {top_k} is outside 1..{config.vocab_size}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p}; it must be above 0 and at most 1")
+    if eos_id is not None:
+        check_integers("eos_id", eos_id, ())
+        check_range("eos_id", eos_id, 0, config.vocab_size - 1)
+        eos_id = jnp.int32(eos_id)
+    if temperature == 0:
+        return Options(None, None, eos_id, None, None)
+    if key is None:
+        raise ValueError("key: None; sampling (temperature > 0) needs a jax.random.key")
+    top_p = None if top_p is None else jnp.float32(top_p)
+    return Options(jnp.float32(temperature), top_p, eos_id, key, top_k)

@@ -1,0 +1,325 @@
+"""Mamba-2: the block, the O(1) cache, and a language model around them.
+
+    r ← r + W_out norm(SSD(conv(W_xBC u), softplus(W_dt u + bias)) ∘ silu(W_z u))
+
+with u = norm(r). One function computes a block for any number of tokens and carries
+its state in a `Cache` of fixed size: `forward` and `prefill` give it many tokens,
+`decode_step` one.
+Source: Dao and Gu 2024 (arXiv 2405.21060), section 7; reference code
+github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ssdlib._checks import check_integers, check_range
+from ssdlib.chunked import ssd_chunked
+from ssdlib.config import Mamba2Config
+from ssdlib.recurrence import accumulator, ssd_step
+
+__all__ = [
+    "Cache",
+    "decode_step",
+    "forward",
+    "init_cache",
+    "init_params",
+    "prefill",
+]
+
+ArrayLike = Array | np.ndarray
+Params = dict
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """All that a model remembers of its past: one pair of arrays per layer.
+
+    conv: the last d_conv - 1 inputs of the convolution, each (b, d_conv - 1, d_xBC).
+    h:    the SSM state in float32, each (b, H, P, N).
+    A registered pytree. Its size does not depend on how many tokens were read.
+    """
+
+    conv: tuple[Float[Array, "b K d_xBC"], ...]
+    h: tuple[Float[Array, "b H P N"], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cache:
+    """The cache before the first token: zeros. h is float32 (float64 if dtype is).
+
+    Raises ValueError if batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size}; it must be at least 1")
+    conv = (batch_size, config.d_conv - 1, config.d_xBC)
+    h = (batch_size, config.n_heads, config.head_dim, config.d_state)
+    h_dtype = accumulator(jnp.empty(0, dtype))
+    layers = range(config.n_layers)
+    return Cache(
+        conv=tuple(jnp.zeros(conv, dtype) for _ in layers),
+        h=tuple(jnp.zeros(h, h_dtype) for _ in layers),
+    )
+
+
+def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
+    """Random parameters as a plain pytree. Matrices are (outputs, inputs) in `dtype`.
+
+    Decays, skips and norm weights stay float32. Initialization as the reference code:
+    A in -[1, 16], dt in [0.001, 0.1] on a log scale, output projections scaled by
+    1 / sqrt(n_layers).
+    """
+    d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
+    f32 = jnp.float32
+
+    def matrix(key, outputs, inputs, scale=1.0):
+        bound = scale / math.sqrt(inputs)
+        return jax.random.uniform(key, (outputs, inputs), f32, -bound, bound).astype(
+            dtype
+        )
+
+    def layer(key):
+        k = jax.random.split(key, 7)
+        dt = jnp.exp(jax.random.uniform(k[4], (H,), f32, *map(math.log, (1e-3, 1e-1))))
+        p = {
+            "norm": jnp.ones(d, f32),
+            "z": matrix(k[0], d_inner, d),
+            "xBC": matrix(k[1], d_xBC, d),
+            "dt": matrix(k[2], H, d),
+            "conv": matrix(k[3], d_xBC, config.d_conv),
+            "dt_bias": dt + jnp.log(-jnp.expm1(-dt)),  # inverse of softplus
+            "A_log": jnp.log(jax.random.uniform(k[5], (H,), f32, 1.0, 16.0)),
+            "D": jnp.ones(H, f32),
+            "gate_norm": jnp.ones(d_inner, f32),
+            "out": matrix(k[6], d, d_inner, 1 / math.sqrt(config.n_layers)),
+        }
+        if config.conv_bias:
+            p["conv_bias"] = jnp.zeros(d_xBC, dtype)
+        if config.proj_bias:
+            p |= {f"{n}_bias": jnp.zeros(len(p[n]), dtype) for n in ("z", "xBC", "out")}
+            p["dt_proj_bias"] = jnp.zeros(H, dtype)
+        return p
+
+    k_embed, k_head, *k_layers = jax.random.split(key, 2 + config.n_layers)
+    normal = jax.random.normal(k_embed, (config.vocab_size, d), f32)
+    params = {
+        "embedding": (0.02 * normal).astype(dtype),
+        "layers": tuple(layer(k) for k in k_layers),
+        "norm": jnp.ones(d, f32),
+    }
+    if not config.tie_embeddings:
+        params["head"] = matrix(k_head, config.vocab_size, d)
+    return params
+
+
+# --- the public functions: check, then run the compiled program ----------------------
+
+
+def forward(
+    params: Params,
+    config: Mamba2Config,
+    tokens: Int[ArrayLike, "b T"],
+    lengths: Int[ArrayLike, "b"] | None = None,
+) -> Float[Array, "b T V"]:
+    """Logits after every token, from an empty cache. For training and evaluation.
+
+    `lengths` marks right-padded rows: logits past a row's length are zero. Compiled
+    once per (b, T). Raises ValueError for shapes, dtypes, lengths or tokens out of
+    range; inside a compiled program, where values cannot be checked, a token outside
+    the vocabulary gives NaN from its position on.
+    """
+    check_tokens(config, tokens, lengths)
+    return _forward(params, config, jnp.asarray(tokens), lengths)
+
+
+def prefill(
+    params: Params,
+    config: Mamba2Config,
+    tokens: Int[ArrayLike, "b T"],
+    cache: Cache | None = None,
+    lengths: Int[ArrayLike, "b"] | None = None,
+) -> tuple[Float[Array, "b V"], Cache]:
+    """Read many tokens: (logits after each row's last real token, the cache then).
+
+    Continues from `cache` at any length; None means an empty one. With `lengths`,
+    row i is tokens[i, :lengths[i]] and the padding to its right changes nothing. The
+    head runs on one position per row. Errors as in `forward`. The cache that you pass
+    stays valid.
+    """
+    check_tokens(config, tokens, lengths)
+    if cache is None:
+        cache = init_cache(config, len(tokens), params["embedding"].dtype)
+    check_cache(config, cache, len(tokens))
+    return _prefill(params, config, jnp.asarray(tokens), cache, lengths)
+
+
+def decode_step(
+    params: Params, config: Mamba2Config, token: Int[ArrayLike, "b"], cache: Cache
+) -> tuple[Float[Array, "b V"], Cache]:
+    """Read one token per row: (logits after it, the next cache).
+
+    One step of the recurrence per layer. Neither the chunk size nor the number of
+    tokens read so far is part of its cost: about 2 FLOPs per parameter, and one read of
+    the weights and of the cache. Errors as in `forward`. To loop on the device, use
+    `generate`; to loop yourself, jit this with the cache donated.
+    """
+    check_integers("token", token, ("b",))
+    check_range("token", token, 0, config.vocab_size - 1)
+    check_cache(config, cache, len(token))
+    return _prefill(params, config, jnp.asarray(token)[:, None], cache, None)
+
+
+@partial(jax.jit, static_argnames="config")
+def _forward(params, config, tokens, lengths):
+    cache = init_cache(config, len(tokens), params["embedding"].dtype)
+    r, _ = _backbone(params, config, tokens, cache, lengths)
+    logits = _head(params, config, r)
+    if lengths is not None:
+        real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+        logits = jnp.where(real[..., None], logits, 0)
+    return logits
+
+
+def prefill_any(params, config, tokens, cache, lengths=None):
+    """`prefill` unchecked, for compiled programs; rows may be of length 0."""
+    r, cache = _backbone(params, config, tokens, cache, lengths)
+    if lengths is None:
+        last = r[:, -1]
+    else:  # a row of length 0 leaves its cache as it was; its logits mean nothing
+        index = jnp.maximum(lengths - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(r, index, axis=1)[:, 0]
+    return _head(params, config, last), cache
+
+
+_prefill = jax.jit(prefill_any, static_argnames="config")
+
+
+# --- the model, from the outside in --------------------------------------------------
+
+
+def _backbone(params, config, tokens, cache, lengths):
+    """Embed, then every block: (residual (b, T, d_model) in float32, cache)."""
+    embedding = params["embedding"]
+    nan = float("nan")
+    r = embedding.at[tokens].get(
+        mode="fill", fill_value=nan, wrap_negative_indices=False
+    )
+    r = r.astype(accumulator(r))
+    conv, h = [], []
+    for i, p in enumerate(params["layers"]):
+        with jax.named_scope(f"layer_{i}"):
+            u = rms_norm(r, p["norm"], config.norm_eps).astype(embedding.dtype)
+            out, conv_i, h_i = _block(p, config, u, cache.conv[i], cache.h[i], lengths)
+            r = r + out.astype(r.dtype)
+        conv.append(conv_i)
+        h.append(h_i)
+    return r, Cache(conv=tuple(conv), h=tuple(h))
+
+
+def _head(params, config, r):
+    """Final norm and the product with the (tied) embedding: logits in float32."""
+    embedding = params["embedding"]
+    u = rms_norm(r, params["norm"], config.norm_eps).astype(embedding.dtype)
+    head = embedding if config.tie_embeddings else params["head"]
+    return jnp.einsum("...d,vd->...v", u, head, preferred_element_type=r.dtype)
+
+
+def _block(p, config, u, conv, h, lengths):
+    """One Mamba-2 mixer on u (b, T, d_model): (output, conv state, SSM state)."""
+    T, G = u.shape[1], config.n_groups
+    z = _linear(u, p["z"], p.get("z_bias"))
+    xBC = _linear(u, p["xBC"], p.get("xBC_bias"))
+    dt = _linear(u, p["dt"], p.get("dt_proj_bias"))
+
+    xBC, conv = _causal_conv(xBC, conv, p["conv"], p.get("conv_bias"), lengths)
+    d, GN = config.d_inner, G * config.d_state
+    x, B, C = jnp.split(jax.nn.silu(xBC), (d, d + GN), axis=-1)
+    x = x.reshape(*x.shape[:2], config.n_heads, config.head_dim)
+    B, C = (v.reshape(*v.shape[:2], G, config.d_state) for v in (B, C))
+
+    dt = jax.nn.softplus(dt.astype(h.dtype) + p["dt_bias"][None, None].astype(h.dtype))
+    dt = jnp.clip(dt, *config.time_step_limit)
+    if lengths is not None:  # a token of dt = 0 neither decays nor writes the state
+        dt = jnp.where((jnp.arange(T)[None] < lengths[:, None])[..., None], dt, 0)
+    A = -jnp.exp(p["A_log"])
+
+    if T == 1:
+        y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
+        y = y[:, None]
+    else:
+        y, h = ssd_chunked(x, dt, A, B, C, p["D"], h, config.chunk_size)
+
+    y = y.reshape(z.shape)
+    y = rms_norm(y * jax.nn.silu(z), p["gate_norm"], config.norm_eps, G).astype(u.dtype)
+    return _linear(y, p["out"], p.get("out_bias")), conv, h
+
+
+def _linear(u, W, bias=None):
+    """W u (+ bias), with W stored as (outputs, inputs)."""
+    y = jnp.einsum("...i,oi->...o", u, W)
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+def _causal_conv(xBC, conv, weight, bias, lengths):
+    """Depthwise: out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs.
+
+    The K inputs before the first token come from the conv state; the K inputs that end
+    at each row's last real token become the next one.
+    """
+    T, K = xBC.shape[1], conv.shape[1]
+    window = jnp.concatenate([conv.astype(xBC.dtype), xBC], axis=1)
+    out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
+    if bias is not None:
+        out = out + bias[None, None]
+    if lengths is None:
+        last = window[:, T:]
+    else:
+        index = lengths[:, None] + jnp.arange(K)[None]
+        last = jnp.take_along_axis(window, index[..., None], axis=1)
+    return out, last.astype(conv.dtype)
+
+
+def rms_norm(v, weight, eps, groups=1):
+    """v / sqrt(mean(v²) + eps) * weight, each of `groups` parts by itself; float32.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    v = v.astype(accumulator(v))
+    parts = v.reshape(*v.shape[:-1], groups, -1)
+    parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + eps)
+    return parts.reshape(v.shape) * jnp.broadcast_to(weight.astype(v.dtype), v.shape)
+
+
+# --- checks ---------------------------------------------------------------------------
+
+
+def check_tokens(config: Mamba2Config, tokens, lengths=None, name="tokens") -> None:
+    """Raise ValueError unless tokens (b, T) and lengths (b,) fit the model."""
+    check_integers(name, tokens, ("b", "T"))
+    check_range(name, tokens, 0, config.vocab_size - 1)
+    if lengths is not None:
+        b, T = jnp.shape(tokens)
+        check_integers("lengths", lengths, (b,))
+        check_range("lengths", lengths, 1, T)
+
+
+def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
+    """Raise ValueError unless the cache belongs to this model and batch size."""
+    want = jax.eval_shape(lambda: init_cache(config, batch_size))
+    got = jax.tree.map(jnp.shape, (cache.conv, cache.h))
+    if got != (want := jax.tree.map(jnp.shape, (want.conv, want.h))):
+        at = len(got[0]), got[0][:1], got[1][:1]
+        need = len(want[0]), want[0][:1], want[1][:1]
+        raise ValueError(
+            f"cache: (layers, conv, h) is {at}; this model and batch need {need}"
+        )

@@ -1,0 +1,89 @@
+"""What the chapters share: set-up, computed prose, library source, inline figures.
+
+Needs the `book` extra (matplotlib, ipython).
+"""
+
+import ast
+import hashlib
+import inspect
+import io
+import re
+import textwrap
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+from IPython.display import HTML, Markdown, display
+
+__all__ = ["COLORS", "say", "show", "source", "start"]
+
+COLORS = ["#2f7ed8", "#d9822b", "#2a9d6e", "#cc4778", "#8a63d2", "#7f7f7f"]
+_INK = "#010203"  # stands for the page's own text color, light or dark
+
+
+def start() -> bool:
+    """Set precision and plot style, print versions and device; True on an accelerator.
+
+    Chapters choose their sizes by the answer: small on a CPU, full on a GPU or TPU.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
+    ink = dict.fromkeys(
+        ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color"], _INK
+    )
+    plt.rcParams.update(ink)
+    plt.rcParams.update(
+        {
+            "ytick.color": _INK,
+            "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 12,
+            "figure.figsize": (7.2, 3.4),
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "grid.alpha": 0.25,
+            "grid.color": "#808080",
+            "legend.frameon": False,
+            "lines.linewidth": 2,
+            "svg.hashsalt": "ssdlib",
+        }
+    )
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
+    return device.platform != "cpu"
+
+
+def say(text: str) -> None:
+    """Markdown prose, for sentences that carry a computed number."""
+    display(Markdown(text))
+
+
+def source(fn) -> None:
+    """The library's own code for fn, without its docstring."""
+    code = textwrap.dedent(inspect.getsource(fn))
+    node = ast.parse(code).body[0]
+    if ast.get_docstring(node) is not None:
+        first, lines = node.body[0], code.splitlines()
+        code = "\n".join(lines[: first.lineno - 1] + lines[first.end_lineno :])
+    display(Markdown(f"```python\n{code.strip()}\n```"))
+
+
+def show(figure, alt: str) -> None:
+    """The figure as inline SVG that takes the page's text color; `alt` describes it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    prefix = "f" + hashlib.sha256(alt.encode()).hexdigest()[:6] + "-"
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)  # unique on a page
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    display(HTML(f'<div class="figure">{svg}</div>'))

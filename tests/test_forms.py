@@ -1,0 +1,260 @@
+"""One map, three programs: each form against the float64 oracle and the others."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import REGIMES, ssd_inputs
+from jax.test_util import check_grads
+
+import ssdlib.quadratic
+from ssdlib import ssd_chunked, ssd_quadratic, ssd_recurrent, ssd_step
+
+FORMS = {
+    "recurrent": ssd_recurrent,
+    "quadratic": ssd_quadratic,
+    "chunked, Q=1": partial(ssd_chunked, chunk_size=1),
+    "chunked, Q=7": partial(ssd_chunked, chunk_size=7),
+    "chunked, Q=T": partial(ssd_chunked, chunk_size=29),
+    "chunked, Q>T": partial(ssd_chunked, chunk_size=64),
+}
+GROUPS = {"G=1": (4, 1), "1<G<H": (4, 2), "G=H": (4, 4), "H=1": (1, 1)}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+
+
+@each_form
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(("H", "G"), GROUPS.values(), ids=GROUPS.keys())
+def test_every_form_equals_the_oracle_in_float32(form, regime, H, G):
+    inputs = ssd_inputs(29, H=H, G=G, regime=regime)
+    for ours, theirs in zip(form(*inputs), oracle.ssd(*inputs), strict=True):
+        assert oracle.error(ours, theirs) <= 2e-6
+
+
+@each_form
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_form_equals_the_oracle_in_float64(form, regime):
+    with jax.enable_x64(True):
+        inputs = ssd_inputs(29, regime=regime, dtype=jnp.float64)
+        for ours, theirs in zip(form(*inputs), oracle.ssd(*inputs), strict=True):
+            assert ours.dtype == jnp.float64
+            assert oracle.error(ours, theirs) <= 1e-12
+
+
+@each_form
+def test_without_skip_and_without_initial_state(form):
+    x, dt, A, B, C, _, _ = ssd_inputs(29)
+    for ours, theirs in zip(
+        form(x, dt, A, B, C), oracle.ssd(x, dt, A, B, C), strict=True
+    ):
+        assert oracle.error(ours, theirs) <= 2e-6
+
+
+@each_form
+def test_bfloat16_inputs_keep_decays_and_state_in_float32(form):
+    inputs = ssd_inputs(29, dtype=jnp.bfloat16)
+    y_star, h_star = oracle.ssd(*(v.astype(jnp.float32) for v in inputs))
+    y, h = form(*inputs)
+    y_ref, _ = ssd_recurrent(*inputs)
+    assert y.dtype == jnp.bfloat16
+    assert h.dtype == jnp.float32
+    assert oracle.error(h, h_star) <= 2e-6
+    limit = min(3e-2, 2 * oracle.error(y_ref.astype(jnp.float32), y_star))
+    assert oracle.error(y.astype(jnp.float32), y_star) <= limit
+
+
+@pytest.mark.parametrize("T", [512, 2048])
+def test_float32_error_does_not_grow_with_length(T):
+    inputs = ssd_inputs(T, b=1, H=2, G=1, regime="mixed decay")
+    for form in (ssd_quadratic, ssd_chunked):
+        for ours, theirs in zip(form(*inputs), oracle.ssd(*inputs), strict=True):
+            assert oracle.error(ours, theirs) <= 2e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 40),
+    Q=st.integers(1, 48),
+    seed=st.integers(0, 2**16),
+    regime=st.sampled_from(list(REGIMES)),
+)
+def test_chunked_equals_recurrent_for_every_chunk_size(T, Q, seed, regime):
+    inputs = ssd_inputs(T, seed=seed, regime=regime)
+    ours, theirs = ssd_chunked(*inputs, chunk_size=Q), ssd_recurrent(*inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert oracle.error(a, b) <= 4e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(T=st.integers(2, 30), data=st.data())
+def test_any_split_with_the_state_carried_equals_the_whole(T, data):
+    cut = data.draw(st.integers(1, T - 1))
+    x, dt, A, B, C, D, h0 = ssd_inputs(T)
+    y, h = ssd_chunked(x, dt, A, B, C, D, h0, chunk_size=8)
+    y1, h1 = ssd_chunked(
+        x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, h0, chunk_size=8
+    )
+    y2, h2 = ssd_chunked(
+        x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, h1, chunk_size=8
+    )
+    assert oracle.error(jnp.concatenate([y1, y2], axis=1), y) <= 4e-6
+    assert oracle.error(h2, h) <= 4e-6
+
+
+@each_form
+def test_no_output_depends_on_a_later_input(form):
+    x, dt, A, B, C, D, h0 = ssd_inputs(29)
+    t = 13
+    y, _ = form(x, dt, A, B, C, D, h0)
+    later = [v.at[:, t + 1 :].set(9.0) for v in (x, dt, B, C)]
+    y2, _ = form(later[0], later[1], A, *later[2:], D, h0)
+    np.testing.assert_array_equal(y[:, : t + 1], y2[:, : t + 1])
+    assert np.abs(y[:, t + 1 :] - y2[:, t + 1 :]).max() > 0.1
+
+
+@each_form
+def test_a_token_of_dt_zero_changes_no_state(form):
+    """The padding rule: chunks and batches are filled up with dt = 0."""
+    x, dt, A, B, C, D, h0 = ssd_inputs(29)
+    _, h = form(x[:, :20], dt[:, :20], A, B[:, :20], C[:, :20], D, h0)
+    _, padded = form(x, dt.at[:, 20:].set(0), A, B, C, D, h0)
+    assert oracle.error(padded, h) <= 1e-6
+
+
+@each_form
+def test_a_row_of_a_batch_equals_the_row_alone(form):
+    x, dt, A, B, C, D, h0 = ssd_inputs(29, b=3)
+    y, h = form(x, dt, A, B, C, D, h0)
+    for i in range(3):
+        row = [v[i : i + 1] for v in (x, dt, B, C, h0)]
+        y_i, h_i = form(row[0], row[1], A, row[2], row[3], D, row[4])
+        assert oracle.error(y_i[0], y[i]) <= 1e-6
+        assert oracle.error(h_i[0], h[i]) <= 1e-6
+
+
+def test_steps_equal_the_whole():
+    x, dt, A, B, C, D, h = ssd_inputs(29)
+    y_star, h_star = oracle.ssd(x, dt, A, B, C, D, h)
+    for t in range(29):
+        y_t, h = ssd_step(h, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
+        assert oracle.error(y_t, y_star[:, t]) <= 5e-6
+    assert oracle.error(h, h_star) <= 2e-6
+
+
+@pytest.mark.parametrize("Q", [1, 7, 64])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_gradients_of_chunked_equal_those_of_recurrent(Q, regime):
+    inputs = ssd_inputs(23, regime=regime)
+    weights = np.random.default_rng(1).standard_normal(inputs[0].shape)
+
+    def scalar(form):
+        def f(*inputs):
+            y, h = form(*inputs)
+            return (y * weights.astype(np.float32)).sum() + (h**2).sum()
+
+        return jax.jit(jax.grad(f, argnums=tuple(range(7))))
+
+    ours = scalar(partial(ssd_chunked, chunk_size=Q))(*inputs)
+    theirs = scalar(ssd_recurrent)(*inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.isfinite(a).all()
+        assert oracle.error(a, b) <= 1e-5
+
+
+def test_gradients_of_quadratic_equal_finite_differences():
+    with jax.enable_x64(True):
+        inputs = ssd_inputs(9, b=1, H=2, G=1, dtype=jnp.float64)
+        check_grads(jax.jit(ssd_quadratic), inputs, order=1, modes=["fwd", "rev"])
+
+
+def test_vmap_adds_an_axis():
+    inputs = ssd_inputs(13)
+    A, D = inputs[2], inputs[5]
+    rows = [v[:, None] for i, v in enumerate(inputs) if i not in (2, 5)]
+
+    def one(x, dt, B, C, h0):
+        return ssd_chunked(x, dt, A, B, C, D, h0, chunk_size=4)
+
+    y, h = jax.jit(jax.vmap(one))(*rows)
+    y_star, h_star = oracle.ssd(*inputs)
+    assert oracle.error(y[:, 0], y_star) <= 2e-6
+    assert oracle.error(h[:, 0], h_star) <= 2e-6
+
+
+def test_B_and_C_are_never_repeated_for_each_head():
+    """The trace holds no array with a token, head and state axis but the state's."""
+    T, H, N = 32, 6, 5
+    inputs = ssd_inputs(T, b=1, H=H, G=2, N=N, P=3)
+    for form in (ssd_recurrent, ssd_quadratic, partial(ssd_chunked, chunk_size=8)):
+        text = str(jax.make_jaxpr(form)(*inputs))
+        for tokens in (T, 8):
+            for heads in (f"{H}", "2,3"):
+                assert f"[1,{tokens},{heads},{N}]" not in text
+                assert f"[{tokens},1,{heads},{N}]" not in text
+
+
+# --- the checks can fail --------------------------------------------------------------
+
+MUTANTS = {
+    "no mask": lambda log_a: jnp.exp(
+        jnp.cumsum(log_a, -1)[..., :, None] - jnp.cumsum(log_a, -1)[..., None, :]
+    ),
+    "decay shifted by one": lambda log_a: jnp.tril(
+        jnp.exp(ssdlib.quadratic.segsum(jnp.roll(log_a, 1, axis=-1)))
+    ),
+    "diagonal lost": lambda log_a: jnp.tril(
+        jnp.exp(ssdlib.quadratic.segsum(log_a)), -1
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_a_broken_mask_is_noticed(monkeypatch, mutant):
+    inputs = ssd_inputs(29)
+    monkeypatch.setattr(ssdlib.quadratic, "decay_mask", mutant)
+    for form in (ssd_quadratic, partial(ssd_chunked, chunk_size=7)):
+        y, _ = form(*inputs)
+        assert oracle.error(y, oracle.ssd(*inputs)[0]) > 1e-2
+
+
+# --- bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dt": (2, 9)}, r"dt: shape \(2, 9\); it must be \(b=2, T=9, H=4\)"),
+        ({"A": (5,)}, r"A: shape \(5,\); it must be \(H=4\)"),
+        ({"C": (2, 9, 2, 6)}, r"C: shape .* N=5"),
+        ({"B": (2, 9, 3, 5), "C": (2, 9, 3, 5)}, "B: G = 3 groups must divide"),
+        ({"D": (3,)}, "D: shape"),
+        ({"h0": (1, 4, 3, 5)}, "h0: shape"),
+        ({"x": (2, 0, 4, 3)}, "dt: shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change, message):
+    names = ("x", "dt", "A", "B", "C", "D", "h0")
+    inputs = dict(zip(names, ssd_inputs(9), strict=True))
+    inputs |= {name: jnp.ones(shape) for name, shape in change.items()}
+    for form in (ssd_recurrent, ssd_quadratic, ssd_chunked):
+        with pytest.raises(ValueError, match=message):
+            form(**inputs)
+
+
+@pytest.mark.usefixtures("as_user")
+def test_empty_sequences_integer_inputs_and_empty_chunks_are_named():
+    x, dt, A, B, C, D, h0 = ssd_inputs(9)
+    with pytest.raises(ValueError, match="x: dtype int32; it must be floating"):
+        ssd_chunked(x.astype(jnp.int32), dt, A, B, C)
+    with pytest.raises(ValueError, match="x: T = 0 tokens"):
+        ssd_chunked(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0])
+    with pytest.raises(ValueError, match="chunk_size: 0; it must be at least 1"):
+        ssd_chunked(x, dt, A, B, C, chunk_size=0)
+    with pytest.raises(ValueError, match="x_t: shape"):
+        ssd_step(h0, x, dt, A, B, C, D)
