@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_integers", "check_range", "check_shapes", "is_concrete"]
+__all__ = ["check_integers", "check_range", "check_shapes", "check_tokens"]
 
 
 def check_shapes(**arrays: tuple) -> dict[str, int]:
@@ -29,11 +29,6 @@ def check_shapes(**arrays: tuple) -> dict[str, int]:
     return sizes
 
 
-def is_concrete(x) -> bool:
-    """True unless x is a tracer, whose values a check cannot see."""
-    return not isinstance(x, jax.core.Tracer)
-
-
 def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
     """Raise ValueError unless x holds integers and has this shape (a str: any size)."""
     dtype, got = jnp.result_type(x), jnp.shape(x)
@@ -49,10 +44,20 @@ def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
 
 
 def check_range(name: str, x, low: int, high: int) -> None:
-    """Raise ValueError if a concrete x has a value outside low <= value <= high."""
-    if not is_concrete(x):
+    """Raise ValueError unless low <= x <= high, where x is concrete."""
+    if isinstance(x, jax.core.Tracer):  # inside a compiled program: nothing to see
         return
     values = np.asarray(x)
     bad = values[(values < low) | (values > high)]
     if bad.size:
         raise ValueError(f"{name}: {bad.flat[0]} is outside {low}..{high}")
+
+
+def check_tokens(tokens, vocab_size: int, lengths=None, name: str = "tokens") -> None:
+    """Raise ValueError unless tokens (b, T) and lengths (b,) make sense together."""
+    check_integers(name, tokens, ("b", "T"))
+    check_range(name, tokens, 0, vocab_size - 1)
+    if lengths is not None:
+        b, T = jnp.shape(tokens)
+        check_integers("lengths", lengths, (b,))
+        check_range("lengths", lengths, 1, T)

@@ -11,21 +11,20 @@ buffers: nothing grows, nothing is recompiled, and nothing visits the host.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_integers, check_range
+from ssdlib._checks import check_integers, check_range, check_tokens
 from ssdlib.config import Mamba2Config
 from ssdlib.model import (
     ArrayLike,
     Cache,
     Params,
     check_cache,
-    check_tokens,
     init_cache,
     prefill_any,
 )
@@ -137,11 +136,11 @@ def stream(
 class Options:
     """How to pick tokens. Fields that are None shape the program; others are traced."""
 
-    temperature: Array | None
-    top_p: Array | None
-    eos_id: Array | None
-    key: Array | None
-    top_k: int | None = field(metadata={"static": True})
+    temperature: Any = None
+    top_p: Any = None
+    eos_id: Any = None
+    key: Any = None
+    top_k: int | None = field(default=None, metadata={"static": True})
 
 
 class State(NamedTuple):
@@ -158,10 +157,8 @@ def _start(params, config, prompt, lengths, cache, n, size, options):
     """Pad the prompt to its bucket and run the whole program."""
     prompt = np.asarray(prompt)
     b, T = prompt.shape
-    width = bucket(T)
-    if lengths is None and width != T:
-        lengths = np.full(b, T, np.int32)
-    prompt = np.pad(prompt, [(0, 0), (0, width - T)])
+    lengths = np.full(b, T) if lengths is None else lengths
+    prompt = np.pad(prompt, [(0, 0), (0, bucket(T) - T)])
     if cache is None:
         cache = init_cache(config, b, params["embedding"].dtype)
     else:
@@ -208,7 +205,7 @@ def _decode(params, config, state, cache, n, size, options):
         logits, cache = prefill_any(params, config, token[:, None], cache, read)
         s = State(
             tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, i, 1),
-            lengths=s.lengths + s.alive,
+            lengths=s.lengths + s.alive.astype(jnp.int32),
             alive=s.alive if eos_id is None else s.alive & (token != eos_id),
             logits=logits,
             total=s.total + 1,
@@ -259,7 +256,7 @@ def bucket(size: int) -> int:
 
 def _check(config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
     """Raise ValueError for arguments that make no sense; return the `Options`."""
-    check_tokens(config, prompt, lengths, name="prompt")
+    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise ValueError(f"max_new_tokens: {n!r}; it must be an integer of at least 1")
     if not 0 <= temperature < float("inf"):
@@ -273,7 +270,7 @@ def _check(config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
         check_range("eos_id", eos_id, 0, config.vocab_size - 1)
         eos_id = jnp.int32(eos_id)
     if temperature == 0:
-        return Options(None, None, eos_id, None, None)
+        return Options(eos_id=eos_id)
     if key is None:
         raise ValueError("key: None; sampling (temperature > 0) needs a jax.random.key")
     top_p = None if top_p is None else jnp.float32(top_p)

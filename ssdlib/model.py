@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_integers, check_range
+from ssdlib._checks import check_integers, check_range, check_tokens
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
 from ssdlib.recurrence import accumulator, ssd_step
@@ -46,8 +46,8 @@ class Cache:
     A registered pytree. Its size does not depend on how many tokens were read.
     """
 
-    conv: tuple[Float[Array, "b K d_xBC"], ...]
-    h: tuple[Float[Array, "b H P N"], ...]
+    conv: tuple  # no array types here: a pytree may also hold shapes or shardings
+    h: tuple
 
     @property
     def nbytes(self) -> int:
@@ -136,9 +136,9 @@ def forward(
     `lengths` marks right-padded rows: logits past a row's length are zero. Compiled
     once per (b, T). Raises ValueError for shapes, dtypes, lengths or tokens out of
     range; inside a compiled program, where values cannot be checked, a token outside
-    the vocabulary gives NaN from its position on.
+    the vocabulary turns the logits of its row to NaN.
     """
-    check_tokens(config, tokens, lengths)
+    check_tokens(tokens, config.vocab_size, lengths)
     return _forward(params, config, jnp.asarray(tokens), lengths)
 
 
@@ -156,7 +156,7 @@ def prefill(
     head runs on one position per row. Errors as in `forward`. The cache that you pass
     stays valid.
     """
-    check_tokens(config, tokens, lengths)
+    check_tokens(tokens, config.vocab_size, lengths)
     if cache is None:
         cache = init_cache(config, len(tokens), params["embedding"].dtype)
     check_cache(config, cache, len(tokens))
@@ -301,16 +301,6 @@ def rms_norm(v, weight, eps, groups=1):
 
 
 # --- checks ---------------------------------------------------------------------------
-
-
-def check_tokens(config: Mamba2Config, tokens, lengths=None, name="tokens") -> None:
-    """Raise ValueError unless tokens (b, T) and lengths (b,) fit the model."""
-    check_integers(name, tokens, ("b", "T"))
-    check_range(name, tokens, 0, config.vocab_size - 1)
-    if lengths is not None:
-        b, T = jnp.shape(tokens)
-        check_integers("lengths", lengths, (b,))
-        check_range("lengths", lengths, 1, T)
 
 
 def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:

@@ -143,9 +143,15 @@ def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list
         from huggingface_hub import snapshot_download
 
         wanted = ["config.json", "tokenizer.json", "*.safetensors", INDEX]
-        folder = Path(
-            snapshot_download(str(source), revision=revision, allow_patterns=wanted)
-        )
+        try:
+            folder = Path(
+                snapshot_download(str(source), revision=revision, allow_patterns=wanted)
+            )
+        except Exception as error:  # the client raises errors of several libraries
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"source: cannot download {str(source)!r}: {reason}"
+            ) from error
     else:
         raise FileNotFoundError(
             f"source: {str(source)!r} is no folder, no file and no hub id (owner/name)"

@@ -1,0 +1,103 @@
+"""The command line: `python -m ssdlib generate "The with statement"`."""
+
+import argparse
+import sys
+import time
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ssdlib",
+        description="Mamba-2 in plain JAX: one program for CPU, GPU and TPU.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_generate(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def add_generate(commands) -> None:
+    """Declare the `generate` command."""
+    p = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text and stream it; statistics go to standard error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("prompt", help="the text to continue")
+    p.add_argument(
+        "--model",
+        default="tiny",
+        help='"tiny" (ships with the package), a folder, or a hub id (owner/name)',
+    )
+    p.add_argument("--revision", help="branch, tag or commit of a hub id")
+    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument(
+        "--temperature", type=float, default=0.7, help="0 takes the likeliest token"
+    )
+    p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="draw from the smallest set of tokens with this probability",
+    )
+    p.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.set_defaults(run=generate)
+
+
+def generate(args) -> None:
+    """Stream a continuation of args.prompt."""
+    import jax
+    import numpy as np
+
+    from ssdlib import load, stream
+    from ssdlib.text import load_tokenizer
+
+    if not args.prompt:
+        raise ValueError("prompt: it is empty; give at least one character")
+    tokenizer = load_tokenizer(args.model, args.revision)
+    params, config = load(args.model, jax.numpy.dtype(args.dtype), args.revision)
+    prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
+    start = time.perf_counter()
+    blocks = stream(
+        params,
+        config,
+        prompt,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        eos_id=tokenizer.eos_id,
+        key=jax.random.key(args.seed),
+    )
+    print(args.prompt, end="", flush=True)
+    ids, shown, first = [], 0, None
+    for block in blocks:
+        ids += [int(i) for i in block[0]]
+        if tokenizer.eos_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_id)]
+        text = tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
+        print(text[shown:], end="", flush=True)
+        shown = max(shown, len(text))
+        first = first or (len(ids), time.perf_counter())
+    print()
+    (n_first, t_first), t_last = first, time.perf_counter()
+    line = f"{len(ids)} tokens; first {n_first} after {t_first - start:.1f} s"
+    if len(ids) > n_first:
+        line += f", then {(len(ids) - n_first) / (t_last - t_first):.0f} tokens/s"
+    print(f"{line} on {jax.devices()[0].device_kind}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""Generation: one compiled program, equal to the loop a reader would write."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssdlib import (
+    Mamba2Config,
+    decode_step,
+    generate,
+    init_cache,
+    init_params,
+    prefill,
+    stream,
+)
+from ssdlib.generate import Options, _generate_jit, bucket, sample
+
+CONFIG = Mamba2Config.tiny()
+PARAMS = init_params(CONFIG, jax.random.key(0))
+PARAMS["embedding"] = 20 * PARAMS["embedding"]  # logits far enough apart to compare
+PROMPT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 11))
+KEY = jax.random.key(7)
+SAMPLERS = {
+    "greedy": {},
+    "temperature": dict(temperature=0.8, key=KEY),
+    "top-k": dict(temperature=0.8, top_k=5, key=KEY),
+    "top-p": dict(temperature=0.8, top_p=0.7, key=KEY),
+    "top-k and top-p": dict(temperature=1.5, top_k=9, top_p=0.9, key=KEY),
+}
+each_sampler = pytest.mark.parametrize("how", SAMPLERS.values(), ids=SAMPLERS.keys())
+
+
+def host_loop(prompt, n, cache=None):
+    """Greedy decoding in Python, one call a token."""
+    logits, cache = prefill(PARAMS, CONFIG, prompt, cache)
+    tokens = []
+    for _ in range(n):
+        tokens.append(np.asarray(logits).argmax(-1))
+        logits, cache = decode_step(PARAMS, CONFIG, tokens[-1], cache)
+    return np.stack(tokens, axis=1), cache
+
+
+def same_cache(a, b, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert oracle.error(x, y) <= tolerance
+
+
+# --- what it computes -----------------------------------------------------------------
+
+
+def test_the_compiled_loop_gives_the_tokens_of_a_host_loop():
+    out = generate(PARAMS, CONFIG, PROMPT, 64)
+    tokens, cache = host_loop(PROMPT, 64)
+    assert len(np.unique(tokens)) > 5  # a constant answer would prove nothing
+    np.testing.assert_array_equal(out.tokens, tokens)
+    np.testing.assert_array_equal(out.lengths, [64, 64, 64])
+    same_cache(out.cache, cache)
+
+
+@each_sampler
+@pytest.mark.parametrize("block", [1, 7, 16, 100])
+def test_stream_gives_the_tokens_of_generate(how, block):
+    whole = generate(PARAMS, CONFIG, PROMPT, 21, **how).tokens
+    blocks = list(stream(PARAMS, CONFIG, PROMPT, 21, block=block, **how))
+    assert all(b.shape[1] <= block for b in blocks)
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
+
+
+@each_sampler
+def test_the_same_key_gives_the_same_tokens(how):
+    one = generate(PARAMS, CONFIG, PROMPT, 12, **how).tokens
+    two = generate(PARAMS, CONFIG, PROMPT, 12, **how).tokens
+    np.testing.assert_array_equal(one, two)
+    if how:
+        other = generate(
+            PARAMS, CONFIG, PROMPT, 12, **(how | {"key": jax.random.key(8)})
+        )
+        assert (np.asarray(other.tokens) != one).any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 11), min_size=3, max_size=3))
+def test_a_padded_row_generates_what_it_would_alone(lengths):
+    out = generate(PARAMS, CONFIG, PROMPT, 16, lengths=np.asarray(lengths))
+    for i, n in enumerate(lengths):
+        alone = generate(PARAMS, CONFIG, PROMPT[i : i + 1, :n], 16)
+        np.testing.assert_array_equal(out.tokens[i], alone.tokens[0])
+        same_cache(jax.tree.map(lambda v, i=i: v[i : i + 1], out.cache), alone.cache)
+
+
+def test_a_conversation_goes_on_without_reading_the_past_again():
+    first = generate(PARAMS, CONFIG, PROMPT, 9)
+    kept = jax.tree.map(np.asarray, first.cache)
+    reply = generate(PARAMS, CONFIG, PROMPT[:, :4], 9, cache=first.cache)
+    whole = np.concatenate([PROMPT, first.tokens, PROMPT[:, :4]], axis=1)
+    np.testing.assert_array_equal(
+        reply.tokens, generate(PARAMS, CONFIG, whole, 9).tokens
+    )
+    same_cache(first.cache, kept, 0)  # the cache that was passed is intact
+
+
+def test_a_row_ends_at_eos_and_the_rest_is_filled():
+    free = np.asarray(generate(PARAMS, CONFIG, PROMPT, 32).tokens)
+    eos = int(free[1, 6])
+    out = generate(PARAMS, CONFIG, PROMPT, 32, eos_id=eos)
+    for row, n, unbound in zip(out.tokens, out.lengths, free, strict=True):
+        stop = list(unbound).index(eos) + 1 if eos in unbound else 32
+        assert n == stop
+        np.testing.assert_array_equal(row[:n], unbound[:n])
+        assert (np.asarray(row)[n:] == eos).all()
+
+
+def test_the_cache_of_an_ended_row_stays_at_its_end():
+    free = np.asarray(generate(PARAMS, CONFIG, PROMPT, 32).tokens)
+    eos = int(free[1, 6])
+    out = generate(PARAMS, CONFIG, PROMPT, 32, eos_id=eos)
+    for i, n in enumerate(np.asarray(out.lengths)):
+        read = np.concatenate([PROMPT[i], out.tokens[i, :n]])[None]
+        _, cache = prefill(PARAMS, CONFIG, read)
+        same_cache(jax.tree.map(lambda v, i=i: v[i : i + 1], out.cache), cache)
+
+
+def test_the_loop_stops_once_every_row_has_ended():
+    eos = int(generate(PARAMS, CONFIG, PROMPT[:1], 1).tokens[0, 0])
+    out = generate(PARAMS, CONFIG, PROMPT[:1], 500, eos_id=eos)
+    assert int(out.lengths[0]) == 1
+    assert (np.asarray(out.tokens) == eos).all()
+    blocks = list(stream(PARAMS, CONFIG, PROMPT[:1], 500, eos_id=eos, block=4))
+    assert len(blocks) == 1
+
+
+# --- sampling -------------------------------------------------------------------------
+
+
+def frequencies(n=20_000, **how):
+    logits = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.07, 0.03]))
+    draw = jax.jit(jax.vmap(lambda k: sample(logits[None], k, **how)[0]))
+    return np.bincount(draw(jax.random.split(KEY, n)), minlength=5) / n
+
+
+@pytest.mark.parametrize(
+    ("how", "p"),
+    [
+        ({}, [0.5, 0.25, 0.15, 0.07, 0.03]),
+        (dict(top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
+        (dict(top_k=1), [1, 0, 0, 0, 0]),
+        (dict(top_k=5), [0.5, 0.25, 0.15, 0.07, 0.03]),
+        (dict(top_p=0.6), [2 / 3, 1 / 3, 0, 0, 0]),
+        (dict(top_p=1.0), [0.5, 0.25, 0.15, 0.07, 0.03]),
+        (dict(top_p=0.01), [1, 0, 0, 0, 0]),
+        (dict(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0, 0]),
+    ],
+)
+def test_samplers_draw_from_the_distribution_they_promise(how, p):
+    if "top_p" in how:
+        how = how | {"top_p": jnp.float32(how["top_p"])}
+    got, p = frequencies(temperature=jnp.float32(1), **how), np.asarray(p)
+    sigma = np.sqrt(p * (1 - p) / 20_000)
+    assert (np.abs(got - p) <= 6 * sigma + 1e-12).all()
+
+
+def test_temperature_sharpens():
+    got = frequencies(temperature=jnp.float32(0.5))
+    p = np.asarray([0.5, 0.25, 0.15, 0.07, 0.03]) ** 2
+    p /= p.sum()
+    assert (np.abs(got - p) <= 6 * np.sqrt(p * (1 - p) / 20_000)).all()
+
+
+# --- the program ----------------------------------------------------------------------
+
+
+def compiled(config, T=64, size=48, b=2, how=None):
+    """The compiled program behind `generate`, for a prompt of T tokens."""
+    params = init_params(config, jax.random.key(0))
+    cache = init_cache(config, b)
+    options = how or Options()
+    prompt = np.zeros((b, T), np.int32)
+    lengths = np.full(b, T)
+    args = params, config, prompt, lengths, cache, size, size, options
+    return _generate_jit.lower(*args).compile(), cache
+
+
+def computations(text):
+    """Name -> body of every computation in HLO text."""
+    return dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
+    )
+
+
+def reachable(name, parts):
+    """Text of a computation and of all that it calls."""
+    seen, todo = set(), [name]
+    while todo:
+        name = todo.pop()
+        if name not in seen and name in parts:
+            seen.add(name)
+            todo += re.findall(r"%([\w.\-]+)", parts[name])
+    return "\n".join(parts[n] for n in sorted(seen))
+
+
+def decode_loops(text, size):
+    """The `while` instructions that carry the (b, size) token buffer."""
+    pattern = rf"= \(.*s32\[2,{size}\].*\) while\(.*body=%?([\w.\-]+)"
+    return re.findall(pattern, text)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Options(),
+        Options(jnp.float32(1), jnp.float32(0.9), jnp.int32(3), jax.random.key(0), 20),
+    ],
+    ids=["greedy", "sampled"],
+)
+def test_generate_is_one_program_with_one_decode_loop(how):
+    Q, size = 37, 48  # sizes that no other dimension has
+    program, cache = compiled(Mamba2Config.tiny(chunk_size=Q), T=96, size=size, how=how)
+    text = program.as_text()
+    parts = computations(text)
+    loops = decode_loops(text, size)
+    assert len(loops) == 1
+    body = reachable(loops[0], parts)
+    # the chunked prefill is in the program, and not in the loop
+    assert re.search(rf"\[[\d,]*\b{Q}\b[\d,]*\]", text)
+    assert not re.search(rf"\[[\d,]*\b{Q}\b[\d,]*\]", body)
+    # nothing leaves the device
+    opcodes = set(re.findall(r" ([a-z][a-z\-]*)\(", text))
+    assert {"while", "fusion"} <= opcodes
+    away = {"infeed", "outfeed", "send", "recv", "send-done", "recv-done"}
+    assert not opcodes & (away | {"copy-start", "async-start"})
+    assert set(re.findall(r'custom_call_target="([^"]+)"', text)) <= {"TopK"}
+    # the cache is updated in place
+    assert program.memory_analysis().alias_size_in_bytes == cache.nbytes
+
+
+def test_a_longer_past_changes_neither_the_step_nor_its_memory():
+    """Read 128 and 65,536 tokens, then compile the step on what they left behind."""
+    config = Mamba2Config.tiny(n_layers=1, chunk_size=64)
+    params = init_params(config, jax.random.key(0))
+    step = jax.jit(
+        lambda token, cache: decode_step(params, config, token, cache),
+        donate_argnums=1,
+    )
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 65_536))
+    memory = []
+    for T in (128, 65_536):
+        cache = None
+        for start in range(0, T, 4096):
+            piece = tokens[:, start : min(T, start + 4096)]
+            _, cache = prefill(params, config, piece, cache)
+        program = step.lower(tokens[:, 0], cache).compile()
+        figures = program.memory_analysis()
+        names = ("argument", "output", "temp", "alias", "generated_code")
+        memory.append([getattr(figures, f"{n}_size_in_bytes") for n in names])
+        assert figures.alias_size_in_bytes == cache.nbytes
+    assert memory[0] == memory[1]
+
+
+def test_prompt_lengths_share_a_bounded_number_of_programs():
+    params = init_params(Mamba2Config.tiny(d_model=20), jax.random.key(0))
+    config, before = Mamba2Config.tiny(d_model=20), _generate_jit._cache_size()
+    for T in range(1, 65, 3):
+        for n in (1, 5, 16):
+            generate(params, config, np.zeros((1, T), np.int32), n)
+    buckets = {bucket(T) for T in range(1, 65)}
+    assert _generate_jit._cache_size() - before == len(buckets)
+
+
+def test_buckets_hold_their_size_with_at_most_half_to_spare():
+    sizes = [bucket(n) for n in range(1, 65_537)]
+    assert all(n <= s for n, s in enumerate(sizes, 1))
+    assert all(s <= 1.5 * n for n, s in enumerate(sizes, 1) if n > 16)
+    assert len(set(sizes)) == 25
+
+
+# --- bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("function", [generate, stream])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompt=PROMPT[:, :0]), r"prompt: shape \(3, 0\) holds nothing"),
+        (dict(prompt=PROMPT[0]), r"prompt: shape \(11,\); it must be \(b, T\)"),
+        (dict(prompt=PROMPT * 1.0), "prompt: dtype float.*; it must hold integers"),
+        (dict(prompt=PROMPT + 61), r"prompt: \d+ is outside 0\.\.60"),
+        (dict(prompt=PROMPT - 61), r"prompt: -\d+ is outside 0\.\.60"),
+        (dict(max_new_tokens=0), "max_new_tokens: 0; it must be an integer of at leas"),
+        (dict(max_new_tokens=-5), "max_new_tokens: -5"),
+        (dict(max_new_tokens=2.5), r"max_new_tokens: 2\.5"),
+        (dict(lengths=np.asarray([1, 2, -3])), r"lengths: -3 is outside 1\.\.11"),
+        (dict(lengths=np.asarray([1, 2, 12])), r"lengths: 12 is outside 1\.\.11"),
+        (dict(lengths=np.asarray([1, 2])), r"lengths: shape \(2,\); it must be \(3\)"),
+        (dict(temperature=-1.0), r"temperature: -1\.0; it must be 0 or more"),
+        (dict(temperature=float("nan")), "temperature: nan"),
+        (dict(temperature=1.0), "key: None; sampling"),
+        (dict(temperature=1.0, key=KEY, top_k=62), r"top_k: 62 is outside 1\.\.61"),
+        (dict(temperature=1.0, key=KEY, top_k=0), r"top_k: 0 is outside 1\.\.61"),
+        (dict(temperature=1.0, key=KEY, top_p=0.0), r"top_p: 0\.0; it must be above 0"),
+        (dict(temperature=1.0, key=KEY, top_p=1.1), r"top_p: 1\.1"),
+        (dict(eos_id=61), r"eos_id: 61 is outside 0\.\.60"),
+        (dict(eos_id=-1), "eos_id: -1 is outside"),
+        (dict(cache=init_cache(CONFIG, 2)), "cache: .* this model and batch need"),
+    ],
+)
+def test_bad_arguments_are_named(function, change, message):
+    arguments = dict(prompt=PROMPT, max_new_tokens=4) | change
+    with pytest.raises(ValueError, match=message):
+        function(PARAMS, CONFIG, **arguments)
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_bad_block_is_named_at_the_call():
+    with pytest.raises(ValueError, match="block: 0; it must be at least 1"):
+        stream(PARAMS, CONFIG, PROMPT, 4, block=0)

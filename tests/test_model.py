@@ -1,0 +1,277 @@
+"""The language model and its cache."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from ssdlib import (
+    Mamba2Config,
+    decode_step,
+    forward,
+    init_cache,
+    init_params,
+    prefill,
+    save,
+)
+
+CONFIG = Mamba2Config.tiny()
+PARAMS = init_params(CONFIG, jax.random.key(0))
+T = 21  # not a multiple of the chunk of 8
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, T))
+LOGITS = forward(PARAMS, CONFIG, TOKENS)
+
+VARIANTS = {
+    "two groups": {},
+    "one group": dict(n_groups=1),
+    "a group per head": dict(n_groups=4),
+    "untied head": dict(tie_embeddings=False),
+    "biases": dict(proj_bias=True, conv_bias=False),
+    "a time step limit that bites": dict(time_step_limit=(0.01, 0.02)),
+    "odd sizes": dict(d_model=15, head_dim=7, d_state=9, n_groups=1, d_conv=3),
+    "a one-tap convolution": dict(d_conv=1),
+}
+
+
+def disturbed(params, seed=1):
+    """Random values for what `init_params` leaves at one or zero."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [
+        v + 0.1 * jax.random.normal(k, v.shape)
+        for v, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noise)
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS.keys())
+def test_the_model_equals_the_oracle_on_the_saved_checkpoint(change, tmp_path):
+    config = Mamba2Config.tiny(**change)
+    params = disturbed(init_params(config, jax.random.key(0)))
+    save(tmp_path, params, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    logits = forward(params, config, TOKENS)
+    last, cache = prefill(params, config, TOKENS)
+    for i, row in enumerate(TOKENS):
+        logits_star, states = oracle.mamba2(tensors, raw, row)
+        assert oracle.error(logits[i], logits_star) <= 1e-5
+        assert oracle.error(last[i], logits_star[-1]) <= 1e-5
+        for h, h_star in zip(cache.h, states, strict=True):
+            assert oracle.error(h[i], h_star) <= 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.sets(st.integers(1, T - 1), max_size=3))
+def test_any_split_carried_by_the_cache_equals_the_whole(cuts):
+    """transformers #46741: a later multi-token call must not take a one-token path."""
+    edges = [0, *sorted(cuts), T]
+    _, whole = prefill(PARAMS, CONFIG, TOKENS)
+    cache = None
+    for start, stop in itertools.pairwise(edges):
+        logits, cache = prefill(PARAMS, CONFIG, TOKENS[:, start:stop], cache)
+        assert oracle.error(logits, LOGITS[:, stop - 1]) <= 1e-5
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+        assert oracle.error(a, b) <= 1e-5
+
+
+def test_prefill_then_steps_equal_forward():
+    logits, cache = prefill(PARAMS, CONFIG, TOKENS[:, :5])
+    for t in range(5, T):
+        logits, cache = decode_step(PARAMS, CONFIG, TOKENS[:, t], cache)
+        assert oracle.error(logits, LOGITS[:, t]) <= 1e-5
+
+
+def test_steps_from_nothing_equal_forward():
+    cache = init_cache(CONFIG, 3)
+    for t in range(T):
+        logits, cache = decode_step(PARAMS, CONFIG, TOKENS[:, t], cache)
+        assert oracle.error(logits, LOGITS[:, t]) <= 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, T), min_size=3, max_size=3),
+    junk=st.integers(0, CONFIG.vocab_size - 1),
+    continued=st.booleans(),
+)
+def test_right_padding_changes_no_logit_and_no_cache(lengths, junk, continued):
+    """transformers #48256, #46773 and mamba #783."""
+    lengths = np.asarray(lengths)
+    padded = np.where(np.arange(T) < lengths[:, None], TOKENS, junk)
+    start = prefill(PARAMS, CONFIG, TOKENS)[1] if continued else None
+    logits, cache = prefill(PARAMS, CONFIG, padded, start, lengths=lengths)
+    for i, n in enumerate(lengths):
+        one = jax.tree.map(lambda v, i=i: v[i : i + 1], start)
+        alone, cache_alone = prefill(PARAMS, CONFIG, TOKENS[i : i + 1, :n], one)
+        assert oracle.error(logits[i], alone[0]) <= 1e-5
+        rows = jax.tree.map(lambda v, i=i: v[i], cache)
+        for a, b in zip(
+            jax.tree.leaves(rows), jax.tree.leaves(cache_alone), strict=True
+        ):
+            assert oracle.error(a, b[0]) <= 1e-5
+
+
+def test_forward_with_lengths_keeps_real_logits_and_zeroes_the_rest():
+    lengths = np.asarray([1, 9, T])
+    logits = forward(PARAMS, CONFIG, TOKENS, lengths)
+    real = np.arange(T) < lengths[:, None]
+    assert oracle.error(logits[real], LOGITS[real]) <= 1e-6
+    assert (np.asarray(logits)[~real] == 0).all()
+
+
+def test_no_logit_depends_on_a_later_token():
+    changed = TOKENS.copy()
+    changed[:, 12:] = (changed[:, 12:] + 1) % CONFIG.vocab_size
+    logits = forward(PARAMS, CONFIG, changed)
+    np.testing.assert_array_equal(logits[:, :12], LOGITS[:, :12])
+    assert np.abs(logits[:, 12:] - LOGITS[:, 12:]).max() > 1e-3
+
+
+def test_a_row_of_a_batch_equals_the_row_alone():
+    for i in range(3):
+        alone = forward(PARAMS, CONFIG, TOKENS[i : i + 1])
+        assert oracle.error(alone[0], LOGITS[i]) <= 1e-6
+
+
+def test_chunk_size_changes_nothing():
+    for Q in (1, 5, 64):
+        logits = forward(PARAMS, Mamba2Config.tiny(chunk_size=Q), TOKENS)
+        assert oracle.error(logits, LOGITS) <= 1e-5
+
+
+def test_bfloat16_weights_keep_state_and_residual_in_float32():
+    params = init_params(CONFIG, jax.random.key(0), jnp.bfloat16)
+    logits, cache = prefill(params, CONFIG, TOKENS)
+    assert {v.dtype for v in cache.h} == {jnp.dtype(jnp.float32)}
+    assert {v.dtype for v in cache.conv} == {jnp.dtype(jnp.bfloat16)}
+    assert logits.dtype == jnp.float32
+    assert oracle.error(logits, LOGITS[:, -1]) <= 3e-2
+    _, after = decode_step(params, CONFIG, TOKENS[:, 0], cache)
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), after) == jax.tree.map(
+        lambda v: (v.shape, v.dtype), cache
+    )
+
+
+def test_the_cache_is_a_pytree_whose_size_ignores_the_length():
+    _, short = prefill(PARAMS, CONFIG, TOKENS[:, :1])
+    _, long = prefill(PARAMS, CONFIG, TOKENS)
+    assert jax.tree.structure(short) == jax.tree.structure(long)
+    assert short.nbytes == long.nbytes == init_cache(CONFIG, 3).nbytes
+
+
+def test_the_cost_of_a_step_does_not_contain_the_chunk_size():
+    def flops(Q):
+        config = Mamba2Config.tiny(chunk_size=Q)
+        step = jax.jit(lambda token, cache: decode_step(PARAMS, config, token, cache))
+        compiled = step.lower(TOKENS[:, 0], init_cache(config, 3)).compile()
+        return compiled.cost_analysis()["flops"], compiled.as_text()
+
+    (small, _), (large, text) = flops(8), flops(251)
+    assert small == large
+    assert "251" not in text.split("ENTRY")[1].replace("_251", "")
+
+
+@pytest.mark.parametrize("size", ["130m", "370m", "780m", "1.3b", "2.7b"])
+def test_presets_have_the_published_number_of_parameters(size):
+    millions = {"130m": 128.99, "370m": 368.35, "780m": 780.16}
+    millions |= {"1.3b": 1343.76, "2.7b": 2702.60}
+    config = Mamba2Config.preset(size)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert round(count / 1e6, 2) == millions[size]
+
+
+def test_gradients_reach_every_parameter():
+    def loss(params):
+        return (forward(params, CONFIG, TOKENS) ** 2).mean()
+
+    for path, g in jax.tree.flatten_with_path(jax.grad(loss)(PARAMS))[0]:
+        assert np.isfinite(g).all(), path
+        assert np.abs(g).max() > 0, path
+
+
+# --- bad input ------------------------------------------------------------------------
+
+BAD_TOKENS = {
+    "float": (
+        TOKENS.astype(np.float32),
+        "tokens: dtype float32; it must hold integers",
+    ),
+    "rank": (TOKENS[0], r"tokens: shape \(21,\); it must be \(b, T\)"),
+    "empty": (TOKENS[:, :0], r"tokens: shape \(3, 0\) holds nothing"),
+    "too large": (TOKENS + 60, r"tokens: \d+ is outside 0..60"),
+    "negative": (TOKENS - 61, r"tokens: -\d+ is outside 0..60"),
+}
+BAD_LENGTHS = {
+    "zero": ([0, 1, 2], r"lengths: 0 is outside 1..21"),
+    "negative": ([-3, 1, 2], r"lengths: -3 is outside"),
+    "beyond": ([22, 1, 2], r"lengths: 22 is outside"),
+    "shape": ([1, 2], r"lengths: shape \(2,\); it must be \(3\)"),
+    "dtype": ([1.0, 2.0, 3.0], r"lengths: dtype float"),
+}
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("function", [forward, prefill])
+@pytest.mark.parametrize(("tokens", "message"), BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_bad_tokens_are_named(function, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        function(PARAMS, CONFIG, tokens)
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("function", [forward, prefill])
+@pytest.mark.parametrize(("lengths", "message"), BAD_LENGTHS.values(), ids=BAD_LENGTHS)
+def test_bad_lengths_are_named(function, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        function(PARAMS, CONFIG, TOKENS, lengths=np.asarray(lengths))
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_bad_step_is_named():
+    cache = init_cache(CONFIG, 3)
+    with pytest.raises(ValueError, match=r"token: shape \(3, 1\); it must be \(b\)"):
+        decode_step(PARAMS, CONFIG, TOKENS[:, :1], cache)
+    with pytest.raises(ValueError, match=r"token: 61 is outside 0..60"):
+        decode_step(PARAMS, CONFIG, np.full(3, 61), cache)
+    with pytest.raises(ValueError, match=r"cache: .* this model and batch need"):
+        decode_step(PARAMS, CONFIG, TOKENS[:2, 0], cache)
+    with pytest.raises(ValueError, match="batch_size: 0"):
+        init_cache(CONFIG, 0)
+
+
+def test_inside_a_compiled_program_an_unknown_token_gives_nan():
+    tokens = jnp.asarray(TOKENS).at[1, 7].set(CONFIG.vocab_size)
+    logits = jax.jit(lambda tokens: forward(PARAMS, CONFIG, tokens))(tokens)
+    assert np.isnan(logits[1, 7:]).all()
+    assert not np.isnan(logits[::2]).any()
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(n_groups=3), "n_groups: 3; it must divide n_heads = 4"),
+        (dict(d_state=0), "d_state: 0; it must be a positive integer"),
+        (dict(d_model="24"), "d_model: '24'; it must be a positive integer"),
+        (dict(n_layers=True), "n_layers: True; it must be a positive integer"),
+        (dict(time_step_limit=(0.2, 0.1)), "time_step_limit: .* 0 <= low <= high"),
+        (dict(norm_eps=-1.0), "norm_eps: -1.0"),
+    ],
+)
+def test_a_bad_configuration_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Mamba2Config.tiny(**change)
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="name: '7b'; it must be one of 130m, 370m"):
+        Mamba2Config.preset("7b")
