@@ -31,6 +31,8 @@ def check_shapes(**arrays: tuple) -> dict[str, int]:
 
 def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
     """Raise ValueError unless x holds integers and has this shape (a str: any size)."""
+    if isinstance(x, (list, tuple)):
+        raise ValueError(f"{name}: a {type(x).__name__}; it must be an array")
     dtype, got = jnp.result_type(x), jnp.shape(x)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name}: dtype {dtype}; it must hold integers")

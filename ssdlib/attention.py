@@ -102,7 +102,7 @@ class KVCache:
 
     k: tuple  # no array types here: a pytree may also hold shapes or shardings
     v: tuple
-    length: Int[Array, ""]
+    length: object  # an int32 scalar array
 
     @property
     def capacity(self) -> int:
@@ -134,7 +134,7 @@ def init_cache(
 
 
 def init_params(config: AttentionConfig, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters as a plain pytree. Matrices are (outputs, inputs) in `dtype`."""
+    """Random parameters as a plain pytree: matrices (outputs, inputs) in `dtype`."""
     d, f32 = config.d_model, jnp.float32
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     residual = 1 / math.sqrt(2 * config.n_layers)

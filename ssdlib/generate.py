@@ -232,7 +232,8 @@ def sample(
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
+    logits = logits.astype(jnp.float32)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # no overflow
     if top_k is None and top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)
     logits, ids = jax.lax.top_k(logits, top_k or logits.shape[-1])

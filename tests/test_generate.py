@@ -165,6 +165,12 @@ def test_samplers_draw_from_the_distribution_they_promise(how, p):
     assert (np.abs(got - p) <= 6 * sigma + 1e-12).all()
 
 
+def test_a_temperature_near_zero_is_greedy():
+    logits = jnp.asarray([[1.0, 3.0, 2.0], [-5.0, -9.0, -7.0]])
+    tokens = sample(logits, KEY, jnp.float32(1e-30))
+    np.testing.assert_array_equal(tokens, [1, 0])
+
+
 def test_temperature_sharpens():
     got = frequencies(temperature=jnp.float32(0.5))
     p = np.asarray([0.5, 0.25, 0.15, 0.07, 0.03]) ** 2
@@ -289,6 +295,7 @@ def test_buckets_hold_their_size_with_at_most_half_to_spare():
     [
         (dict(prompt=PROMPT[:, :0]), r"prompt: shape \(3, 0\) holds nothing"),
         (dict(prompt=PROMPT[0]), r"prompt: shape \(11,\); it must be \(b, T\)"),
+        (dict(prompt=PROMPT.tolist()), "prompt: a list; it must be an array"),
         (dict(prompt=PROMPT * 1.0), "prompt: dtype float.*; it must hold integers"),
         (dict(prompt=PROMPT + 61), r"prompt: \d+ is outside 0\.\.60"),
         (dict(prompt=PROMPT - 61), r"prompt: -\d+ is outside 0\.\.60"),

@@ -1,0 +1,80 @@
+"""The command line, as a user runs it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ssdlib.__main__ import main
+
+
+def run(capsys, *argv):
+    """Run a command in this process: (exit status, output, errors)."""
+    status = main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_generate_writes_readable_text_and_its_speed(capsys):
+    prompt = "The with statement"
+    status, out, err = run(capsys, "generate", prompt, "--max-new-tokens", "120")
+    assert status == 0
+    assert out.startswith(prompt)
+    words = re.findall(r"[a-z]+", out[len(prompt) :].lower())
+    english = {"the", "a", "of", "to", "is", "in", "and", "that", "an", "be", "with"}
+    assert len(words) >= 8
+    assert english & set(words)
+    assert re.search(r"\d+ tokens; first 16 after [\d.]+ s, then \d+ tokens/s on", err)
+
+
+def test_the_same_seed_writes_the_same_text(capsys):
+    command = "generate", "A class", "--max-new-tokens", "40", "--seed"
+    one, two = run(capsys, *command, "5"), run(capsys, *command, "5")
+    assert one[1] == two[1]
+    assert one[1] != run(capsys, *command, "6")[1]
+
+
+def test_a_character_cut_in_two_waits_for_its_other_half(capsys, monkeypatch):
+    snowman = list("☃!".encode())
+
+    def halves(*args, **kwargs):
+        yield [snowman[:2]]
+        yield [snowman[2:]]
+
+    monkeypatch.setattr("ssdlib.stream", halves)
+    _, out, _ = run(capsys, "generate", "x")
+    assert out == "x☃!\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", ""], "prompt: it is empty"),
+        (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens: 0"),
+        (["generate", "x", "--top-k", "300"], "top_k: 300 is outside 1..256"),
+        (["generate", "x", "--temperature", "-1"], "temperature: -1.0"),
+        (["generate", "x", "--model", "nowhere"], "source: 'nowhere' is no folder"),
+    ],
+)
+@pytest.mark.usefixtures("as_user")
+def test_errors_have_one_line_and_no_traceback(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_help_and_usage_from_a_shell():
+    def shell(*argv):
+        command = [sys.executable, "-m", "ssdlib", *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = shell("generate", "--help")
+    assert done.returncode == 0
+    assert "--max-new-tokens" in done.stdout
+    done = shell("genrate")
+    assert done.returncode == 2
+    assert "invalid choice: 'genrate'" in done.stderr
+    assert "Traceback" not in done.stderr
