@@ -115,13 +115,14 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
         tensors[name] = np.ascontiguousarray(whole.reshape(shape))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {k: getattr(config, v) for k, v in CONFIG_KEYS.items()}
+    expand = config.d_inner / config.d_model  # transformers reads whole numbers only
     low, high = config.time_step_limit
     if math.isinf(high):
         high = {"__float__": "Infinity"}
     fields |= {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
-        "expand": config.d_inner / config.d_model,
+        "expand": int(expand) if expand.is_integer() else expand,
         "time_step_limit": [low, high],
         "rms_norm": True,
         "hidden_act": "silu",
