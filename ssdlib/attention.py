@@ -12,7 +12,7 @@ and values: Ainslie et al. 2023 (arXiv 2305.13245).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import jax
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from ssdlib import model
 from ssdlib._checks import check_integers, check_range, check_tokens
 from ssdlib.config import Mamba2Config
+from ssdlib.generate import bucket
 from ssdlib.model import ArrayLike, Params, rms_norm
 
 __all__ = [
@@ -55,7 +56,7 @@ class AttentionConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
-        for name in list(vars(self))[:7]:
+        for name in (f.name for f in fields(self) if f.type is int):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: {size!r}; it must be a positive integer")
@@ -96,8 +97,8 @@ class KVCache:
     k, v:   each (b G, capacity, P): room for `capacity` tokens from the start, so that
             shapes stay static.
     length: tokens read so far.
-    Batch and heads share one axis because a product of three-axis arrays needs no
-    reshape: with four axes XLA's CPU backend copies the whole cache at every step.
+    Batch and heads share one axis, so that the products need no reshape. With four axes
+    jax 0.10.2 on a CPU copies the whole cache at every step of a loop.
     """
 
     k: tuple  # no array types here: a pytree may also hold shapes or shardings
@@ -217,9 +218,9 @@ def generate(
 ) -> tuple[Int[Array, "b n"], KVCache]:
     """Greedy continuation on the device: (max_new_tokens tokens per row, cache).
 
-    One compiled program for each prompt length, capacity and max_new_tokens. Without a
-    cache, one is made that just holds all tokens; the one that you pass stays valid.
-    Errors as in `prefill`.
+    One compiled program for each prompt length, capacity and bucket of max_new_tokens.
+    Without a cache, one is made that just holds all tokens; the one that you pass stays
+    valid. Errors as in `prefill`.
     """
     check_tokens(prompt, config.vocab_size, name="prompt")
     n, (b, T) = max_new_tokens, prompt.shape
@@ -229,7 +230,8 @@ def generate(
         cache = init_cache(config, b, T + n, params["embedding"].dtype)
     _check_cache(config, cache, b, T + n)
     cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    return _generate(params, config, jnp.asarray(prompt), cache, n)
+    tokens, cache = _generate(params, config, jnp.asarray(prompt), cache, n, bucket(n))
+    return tokens[:, :n], cache
 
 
 @partial(jax.jit, static_argnames="config")
@@ -244,8 +246,8 @@ def _prefill(params, config, tokens, cache):
     return _head(params, config, r[:, -1]), cache
 
 
-@partial(jax.jit, static_argnames=("config", "n"), donate_argnames="cache")
-def _generate(params, config, prompt, cache, n):
+@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="cache")
+def _generate(params, config, prompt, cache, n, size):
     logits, cache = _prefill(params, config, prompt, cache)
 
     def step(i, carry):
@@ -255,7 +257,7 @@ def _generate(params, config, prompt, cache, n):
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, 1)
         return tokens, logits, cache
 
-    tokens = jnp.zeros((len(prompt), n), jnp.int32)
+    tokens = jnp.zeros((len(prompt), size), jnp.int32)
     tokens, _, cache = jax.lax.fori_loop(0, n, step, (tokens, logits, cache))
     return tokens, cache
 

@@ -39,7 +39,7 @@ def start() -> bool:
             "axes.spines.right": False,
             "axes.titlelocation": "left",
             "axes.titlesize": 12,
-            "figure.figsize": (7.2, 3.4),
+            "figure.figsize": (6.4, 3.2),
             "figure.facecolor": "none",
             "axes.facecolor": "none",
             "savefig.facecolor": "none",
@@ -68,7 +68,8 @@ def source(fn) -> None:
     node = ast.parse(code).body[0]
     if ast.get_docstring(node) is not None:
         first, lines = node.body[0], code.splitlines()
-        code = "\n".join(lines[: first.lineno - 1] + lines[first.end_lineno :])
+        body = "\n".join(lines[first.end_lineno :]).lstrip("\n")
+        code = "\n".join([*lines[: first.lineno - 1], body])
     display(Markdown(f"```python\n{code.strip()}\n```"))
 
 
@@ -85,5 +86,7 @@ def show(figure, alt: str) -> None:
     label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    width = 110 * figure.get_figwidth()  # pixels; a small figure is not blown up
+    about = f'role="img" aria-label="{label}" style="width: min(100%, {width:.0f}px)"'
+    svg = svg.replace("<svg", f"<svg {about}", 1)
     display(HTML(f'<div class="figure">{svg}</div>'))

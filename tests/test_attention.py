@@ -186,7 +186,7 @@ def test_the_loop_updates_the_cache_in_place():
     capacity = 77
     cache = init_cache(config, 1, capacity)
     compiled = ssdlib.attention._generate.lower(
-        params, config, prompt, cache, 5
+        params, config, prompt, cache, 5, 16
     ).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
     if jax.default_backend() == "cpu":
