@@ -29,9 +29,9 @@ def ssd_chunked(
     """(y_c, h) = ssd_quadratic(x_c, dt_c, A, B_c, C_c, D, h) for chunk after chunk.
 
     Use it for training and prefill. Work is O(T Q) inside chunks plus O(T) for the
-    states; the memory beyond inputs and outputs, O(Q²) per head, does not grow with
-    T. The result does not depend on chunk_size. Any T fits: the last chunk is filled
-    up with tokens of dt = 0, which leave the state as it is, exactly.
+    states; memory is O(T) for the inputs cut in chunks, and O(Q²) per head. The result
+    does not depend on chunk_size. Any T fits: the last chunk is filled up with tokens
+    of dt = 0, which leave the state as it is, exactly.
 
     Dtypes as in `ssd_quadratic`. Raises ValueError if a shape does not fit or
     chunk_size is below 1. Returns (y, h_T). Source: arXiv 2405.21060, section 6.
