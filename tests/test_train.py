@@ -79,6 +79,8 @@ def test_the_shipped_model_beats_its_baseline_as_recorded():
     assert bits["model"] < 2.2
     assert bits["model"] < bits["order-2 byte model"]
     assert (TINY / "model.safetensors").stat().st_size < 6_000_000
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert all(f"{value:.2f}" in readme for value in bits.values())
     params, config = load("tiny")
     assert record["parameters"] == sum(p.size for p in jax.tree.leaves(params))
     text = corpus()
