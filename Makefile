@@ -14,7 +14,7 @@ STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metada
 SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* book/results/*) requirements.txt)
 
 .NOTPARALLEL:
-.PHONY: help book serve test lint pytest notebooks format bench lock clean FORCE
+.PHONY: help book serve test lint pytest notebooks extras format bench lock clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ pytest: $(READY) ## the tests in tests/
 notebooks: $(READY) _build/sources ## run every chapter, or one: NB=book/02_duality.ipynb
 	$(BIN)/pytest --nbmake --nbmake-timeout=300 --nb-cache $(CACHE) \
 	  -p no:cacheprovider -W default -v --durations=0 $(NB)
+
+extras: $(READY) ## add torch, transformers and the compilers for TPU and NVIDIA
+	$(BIN)/python -m pip install --quiet -c requirements.txt -r requirements-extras.txt
 
 format: $(READY) ## format code and chapters, drop the chapters' outputs
 	$(BIN)/ruff check --fix .
