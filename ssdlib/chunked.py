@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssdlib.quadratic import ssd_quadratic
-from ssdlib.recurrence import accumulator, check_ssd, zero_state
+from ssdlib.recurrence import accumulator, check_ssd, per_token, zero_state
 
 __all__ = ["ssd_chunked"]
 
@@ -19,7 +19,7 @@ __all__ = ["ssd_chunked"]
 def ssd_chunked(
     x: Float[Array, "b T H P"],
     dt: Float[Array, "b T H"],
-    A: Float[Array, "H"],
+    A: Float[Array, "H"] | Float[Array, "b T H"],
     B: Float[Array, "b T G N"],
     C: Float[Array, "b T G N"],
     D: Float[Array, "H"] | None = None,
@@ -33,6 +33,9 @@ def ssd_chunked(
     does not depend on chunk_size. Any T fits: the last chunk is filled up with tokens
     of dt = 0, which leave the state as it is, exactly.
 
+    A is one number per head, as in Mamba-2, or one per token and head: then dt and A
+    set the size of a write and the decay independently (see `recurrences`).
+
     Dtypes as in `ssd_quadratic`. Raises ValueError if a shape does not fit or
     chunk_size is below 1. Returns (y, h_T). Source: arXiv 2405.21060, section 6.
     """
@@ -45,11 +48,11 @@ def ssd_chunked(
         h0 = zero_state(x, B)
 
     def chunk(h, inputs):
-        x_c, dt_c, B_c, C_c = inputs
-        y_c, h = ssd_quadratic(x_c, dt_c, A, B_c, C_c, D, h)
+        x_c, dt_c, B_c, C_c, A_c = (*inputs, A)[:5]
+        y_c, h = ssd_quadratic(x_c, dt_c, A_c, B_c, C_c, D, h)
         return h, y_c
 
-    chunks = tuple(_split_chunks(v, Q) for v in (x, dt, B, C))
+    chunks = tuple(_split_chunks(v, Q) for v in per_token(x, dt, A, B, C))
     h, y = jax.lax.scan(chunk, jnp.asarray(h0, accumulator(x)), chunks)
     return jnp.moveaxis(y, 0, 1).reshape(b, -1, H, P)[:, :T], h
 

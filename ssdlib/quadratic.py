@@ -58,7 +58,7 @@ def decay_mask(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
 def ssd_quadratic(
     x: Float[Array, "b T H P"],
     dt: Float[Array, "b T H"],
-    A: Float[Array, "H"],
+    A: Float[Array, "H"] | Float[Array, "b T H"],
     B: Float[Array, "b T G N"],
     C: Float[Array, "b T G N"],
     D: Float[Array, "H"] | None = None,
@@ -76,7 +76,8 @@ def ssd_quadratic(
     G, dtype = B.shape[-2], jnp.result_type(x)
     x, dt, A, B, C = to_accumulator(x, dt, A, B, C)
     dtx = split_heads(dt[..., None] * x, G, 2)
-    log_a = split_heads(jnp.moveaxis(dt * A[None, None], 1, 2), G, 1)
+    log_a = dt * jnp.broadcast_to(A, dt.shape)
+    log_a = split_heads(jnp.moveaxis(log_a, 1, 2), G, 1)
 
     L = decay_mask(log_a)
     M = L * jnp.einsum("blgn,bsgn->bgls", C, B)[:, :, None]

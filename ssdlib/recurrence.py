@@ -20,7 +20,7 @@ def ssd_step(
     h: Float[Array, "b H P N"],
     x_t: Float[Array, "b H P"],
     dt_t: Float[Array, "b H"],
-    A: Float[Array, "H"],
+    A: Float[Array, "H"] | Float[Array, "b H"],
     B_t: Float[Array, "b G N"],
     C_t: Float[Array, "b G N"],
     D: Float[Array, "H"] | None = None,
@@ -29,7 +29,8 @@ def ssd_step(
 
     Use it to decode: the cost, 5 b H P N FLOPs and one read and write of h, does
     not depend on how many tokens came before. Each group's B and C serve H/G heads
-    by an einsum over the group axis; they are never repeated in memory.
+    by an einsum over the group axis; they are never repeated in memory. A is one
+    number per head, as in Mamba-2, or one per token and head.
 
     The arithmetic and the state are float32 (float64 if the inputs are); y has the
     dtype of x. Raises ValueError if a shape does not fit.
@@ -38,7 +39,7 @@ def ssd_step(
     check_ssd(h, x_t, dt_t, A, B_t, C_t, D, step=True)
     G = B_t.shape[-2]
     x, dt, A, B, C, h = to_accumulator(x_t, dt_t, A, B_t, C_t, h)
-    a = jnp.exp(dt * A[None])
+    a = jnp.exp(dt * jnp.broadcast_to(A, dt.shape))
     x, dt, h, a = (split_heads(v, G, 1) for v in (x, dt, h, a))
 
     h = a[..., None, None] * h + jnp.einsum("bgrp,bgn->bgrpn", dt[..., None] * x, B)
@@ -53,7 +54,7 @@ def ssd_step(
 def ssd_recurrent(
     x: Float[Array, "b T H P"],
     dt: Float[Array, "b T H"],
-    A: Float[Array, "H"],
+    A: Float[Array, "H"] | Float[Array, "b T H"],
     B: Float[Array, "b T G N"],
     C: Float[Array, "b T G N"],
     D: Float[Array, "H"] | None = None,
@@ -70,11 +71,11 @@ def ssd_recurrent(
         h0 = zero_state(x, B)
 
     def step(h, inputs):
-        x_t, dt_t, B_t, C_t = inputs
-        y_t, h = ssd_step(h, x_t, dt_t, A, B_t, C_t, D)
+        x_t, dt_t, B_t, C_t, A_t = (*inputs, A)[:5]
+        y_t, h = ssd_step(h, x_t, dt_t, A_t, B_t, C_t, D)
         return h, y_t
 
-    time_first = tuple(jnp.moveaxis(v, 1, 0) for v in (x, dt, B, C))
+    time_first = tuple(jnp.moveaxis(v, 1, 0) for v in per_token(x, dt, A, B, C))
     h, y = jax.lax.scan(step, jnp.asarray(h0, accumulator(x)), time_first)
     return jnp.moveaxis(y, 0, 1), h
 
@@ -105,6 +106,11 @@ def merge_heads(v: Array, axis: int) -> Array:
     return v.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
 
+def per_token(x, dt, A, B, C) -> tuple[Array, ...]:
+    """What a scan over tokens cuts up: A is among it, last, if it has a token axis."""
+    return (x, dt, B, C) if jnp.ndim(A) == 1 else (x, dt, B, C, A)
+
+
 def zero_state(x: Array, B: Array) -> Array:
     """The state before the first token: zeros of shape (b, H, P, N)."""
     b, _, H, P = x.shape
@@ -118,7 +124,7 @@ def check_ssd(h, x, dt, A, B, C, D, step=False) -> None:
     arrays = {
         f"x{_t}": (x, f"b {t}H P"),
         f"dt{_t}": (dt, f"b {t}H"),
-        "A": (A, "H"),
+        "A": (A, f"b {t}H" if jnp.ndim(A) == jnp.ndim(dt) else "H"),
         f"B{_t}": (B, f"b {t}G N"),
         f"C{_t}": (C, f"b {t}G N"),
     }
