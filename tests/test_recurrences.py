@@ -1,6 +1,7 @@
 """Other models through the same form: each against the loop of its own paper."""
 
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -160,10 +161,10 @@ def test_mamba3_returns_the_state_of_its_paper_turned_back_by_all_angles():
 
 @each_model
 def test_a_model_run_token_by_token_equals_chunked(name):
-    _, args, _ = case(name, 19)
+    _, args, _ = case(name, 23)
     y, state = run(name, args, 8)
     at, ys = None, []
-    for t in range(19):
+    for t in range(23):
         y_t, at = run(name, [w[:, t : t + 1] for w in args], 8, at)
         ys.append(y_t)
     assert oracle.error(jnp.concatenate(ys, axis=1), y) <= 4e-6
@@ -172,7 +173,7 @@ def test_a_model_run_token_by_token_equals_chunked(name):
 
 
 @each_model
-@pytest.mark.parametrize(("cut", "Q"), [(1, 7), (13, 8)])
+@pytest.mark.parametrize(("cut", "Q"), [(1, 8), (13, 8)])
 def test_a_model_carries_its_state_across_a_split(name, cut, Q):
     _, args, _ = case(name, 23)
     y, state = run(name, args, Q)
@@ -222,6 +223,37 @@ def test_without_the_decay_mask_a_model_is_wrong(name):
     with mock.patch.object(ssdlib.quadratic, "decay_mask", no_mask):
         y, _ = model(*args, **{chunk_argument(name): 8})
     assert oracle.error(y, y_star) > 1e-2
+
+
+# --- against code that we did not write -----------------------------------------------
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "recurrences.npz")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in GOLDEN if n.startswith("y_") and not n.endswith("state")]
+)
+def test_a_model_equals_other_implementations(name):
+    """flash-linear-attention's references, transformers' xLSTM, mamba3-jax."""
+    w = {n: jnp.asarray(GOLDEN[n]) for n in GOLDEN}
+    q, k, v = w["q"] / np.sqrt(N).astype(np.float32), w["k"], w["v"]
+    log_f = -jax.nn.softplus(-w["forget_gate"])
+    turn = -jnp.tanh(w["angle_projection"]) * np.pi * w["dt"][..., None]
+    gates = w["dt"], w["A"], w["lam"]
+    gamma = jnp.log1p(-jnp.exp2(-5 - jnp.arange(H, dtype=jnp.float32)))
+    ours, state = {
+        "y_linear_attention": lambda: linear_attention(q, k, v),
+        "y_normalized": lambda: linear_attention(abs(q), abs(k), v, normalize=True),
+        "y_simple_gla": lambda: simple_gla(q, k, v, w["log_a"]),
+        "y_retention_unrotated": lambda: simple_gla(q, k, v, gamma),
+        "y_gla": lambda: gla(q, k, v, w["log_a_vector"]),
+        "y_delta_net": lambda: delta_net(q, k, v, w["beta"], chunk_size=8),
+        "y_mlstm": lambda: mlstm(q, k, v, w["input_gate"], log_f, chunk_size=8),
+        "y_mamba3": lambda: mamba3(v, *gates, k, w["q"], turn, chunk_size=8),
+    }[name]()
+    assert oracle.error(ours, GOLDEN[name]) <= 4e-6
+    if name == "y_mamba3":
+        assert oracle.error(state.h, GOLDEN["y_mamba3_state"]) <= 4e-6
 
 
 # --- what is particular to one model --------------------------------------------------
