@@ -2,7 +2,7 @@
 
 Needs packages that the tests do not: pip install torch transformers einops
 fla-core==0.6.0 mamba3-jax==1.0.1 flax optax (each file of fla is loaded by itself,
-since importing the package asks for Triton). Then: python tests/golden/make_recurrences.py
+since importing the package asks for Triton). Then run this file.
 """
 
 import importlib.util
