@@ -8,6 +8,8 @@ diagonal cannot: its products within a chunk take a triangular solve, which stay
 outside of the form. Both functions take any number of tokens and carry the state.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -32,9 +34,10 @@ def gla(
 
     Write log a_t = s_t + d_t, with s_t the mean over channels. The form handles s_t at
     any strength. The rest goes into the keys and queries of a sub-chunk, k exp(-D) and
-    q exp(D), with D the sums of d since it began. So each |D| must stay below about
-    80, or the result is NaN; its error grows with it, as exp(D) is rounded by
-    2⁻²⁴ |D|. With GLA's gates, log_sigmoid / 16, sixteen tokens stay far below.
+    q exp(D), with D the sums of d since it began. So |D| must stay below 80 (700 in
+    float64): beyond, where exp(-D) is about to overflow, the result is NaN. The error
+    grows with |D| as well, since exp(D) is rounded by 2⁻²⁴ |D|. With GLA's gates,
+    log_sigmoid / 16, sixteen tokens stay far below.
     Work per token is that of `ssd_chunked` with Q = sub_chunk, in smaller products.
 
     Arithmetic is float32 (float64 if v is), y has the dtype of v. Raises ValueError if
@@ -47,9 +50,12 @@ def gla(
         h = h0 * jnp.exp(d[:, 0])[:, :, None]
         return _one_step(h, v, s, k, q, dtype)
 
+    limit = math.log(jnp.finfo(v.dtype).max) - 8  # else exp(D) is 0 before NaN appears
+
     def body(h, inputs):
         q_c, k_c, v_c, s_c, d_c = inputs
         D = jnp.cumsum(d_c, axis=1)
+        D = jnp.where(jnp.abs(D) < limit, D, jnp.nan)
         one, k_c, q_c = jnp.ones_like(s_c), k_c * jnp.exp(-D), q_c * jnp.exp(D)
         y_c, h = ssd_quadratic(v_c, one, s_c, k_c, q_c, h0=h)
         return h * jnp.exp(D[:, -1])[:, :, None], y_c
