@@ -33,10 +33,10 @@ def gla(
     """h_t = h_{t-1} diag(a_t) + v_t k_tᵀ and y_t = h_t q_t: (y, h_T).
 
     Write log a_t = s_t + d_t, with s_t the mean over channels. The form handles s_t at
-    any strength. The rest goes into the keys and queries of a sub-chunk, k exp(-D) and
-    q exp(D), with D the sums of d since it began. So |D| must stay below 80 (700 in
-    float64): beyond, where exp(-D) is about to overflow, the result is NaN. The error
-    grows with |D| as well, since exp(D) is rounded by 2⁻²⁴ |D|. With GLA's gates,
+    any strength. The rest goes into the keys and queries of a sub-chunk, k exp(-E) and
+    q exp(E), with E the sums of d since it began. So |E| must stay below 80 (700 in
+    float64): beyond, where exp(-E) is about to overflow, the result is NaN. The error
+    grows with |E| as well, since exp(E) is rounded by 2⁻²⁴ |E|. With GLA's gates,
     log_sigmoid / 16, sixteen tokens stay far below.
     Work per token is that of `ssd_chunked` with Q = sub_chunk, in smaller products.
 
@@ -50,15 +50,15 @@ def gla(
         h = h0 * jnp.exp(d[:, 0])[:, :, None]
         return _one_step(h, v, s, k, q, dtype)
 
-    limit = math.log(jnp.finfo(v.dtype).max) - 8  # else exp(D) is 0 before NaN appears
+    limit = math.log(jnp.finfo(v.dtype).max) - 8  # else exp(E) is 0 before NaN appears
 
     def body(h, inputs):
         q_c, k_c, v_c, s_c, d_c = inputs
-        D = jnp.cumsum(d_c, axis=1)
-        D = jnp.where(jnp.abs(D) < limit, D, jnp.nan)
-        one, k_c, q_c = jnp.ones_like(s_c), k_c * jnp.exp(-D), q_c * jnp.exp(D)
+        E = jnp.cumsum(d_c, axis=1)
+        E = jnp.where(jnp.abs(E) < limit, E, jnp.nan)
+        one, k_c, q_c = jnp.ones_like(s_c), k_c * jnp.exp(-E), q_c * jnp.exp(E)
         y_c, h = ssd_quadratic(v_c, one, s_c, k_c, q_c, h0=h)
-        return h * jnp.exp(D[:, -1])[:, :, None], y_c
+        return h * jnp.exp(E[:, -1])[:, :, None], y_c
 
     return _scan(body, h0, (q, k, v, s, d), sub_chunk, "sub_chunk", dtype)
 

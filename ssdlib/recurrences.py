@@ -89,9 +89,9 @@ def retention(
     state: RetNetState | None = None,
     chunk_size: int = 256,
 ) -> tuple[Float[Array, "b T H P"], RetNetState]:
-    """y_t = Σ_{s<=t} γ^(t-s) (R_t q_t · R_s k_s) v_s,  γ = 1 - 2^(-5-i) for head i.
+    """y_t = Σ_{s<=t} γ^(t-s) (Θ_t q_t · Θ_s k_s) v_s,  γ = 1 - 2^(-5-i) for head i.
 
-    R_t turns the pair j of channels by t θ_j, with θ_j from 1 to 1/10000: positions
+    Θ_t turns the pair j of channels by t θ_j, with θ_j from 1 to 1/10000: positions
     enter by their difference only. Decay and angles do not depend on the input.
     The retention of RetNet without its projections, group norm and gate. N is even.
     Dtypes and errors as in `simple_gla`. Source: Sun et al. 2023 (arXiv 2307.08621),
@@ -115,7 +115,7 @@ def retention(
 class MLSTMState(NamedTuple):
     """Numerator and normalizer in one array, both divided by exp(m).
 
-    h: (b, H, P+1, N); rows 0 to P-1 are the matrix memory C, row P is the vector n.
+    h: (b, H, P+1, N); rows 0 to P-1 are the matrix memory, row P is the vector n.
     m: (b, H), the running maximum.
     """
 
@@ -132,9 +132,9 @@ def mlstm(
     state: MLSTMState | None = None,
     chunk_size: int = 256,
 ) -> tuple[Float[Array, "b T H P"], MLSTMState]:
-    """y_t = C_t q_t / max(|n_t · q_t|, 1) for gates i = exp(log_i), f = exp(log_f):
+    """y_t = h_t q_t / max(|n_t · q_t|, 1) for gates i = exp(log_i), f = exp(log_f):
 
-        C_t = f_t C_{t-1} + i_t v_t k_tᵀ,    n_t = f_t n_{t-1} + i_t k_t
+        h_t = f_t h_{t-1} + i_t v_t k_tᵀ,    n_t = f_t n_{t-1} + i_t k_t
 
     log_i is any real number, so i may exceed what a float holds. All is kept divided
     by exp(m_t), with m_t = max(log f_t + m_{t-1}, log i_t): then the decay
@@ -181,39 +181,30 @@ def mamba3(
     state: Mamba3State | None = None,
     chunk_size: int = 256,
 ) -> tuple[Float[Array, "b T H P"], Mamba3State]:
-    """The trapezoidal rule and a turning state, in one call. With u_t = x_t B_tᵀ,
+    """The trapezoidal rule and a turning state, in one call. With U_t = x_t B_tᵀ,
 
-        h_t = a_t h_{t-1} R_tᵀ + (1-λ_t) dt_t a_t u_{t-1} R_tᵀ + λ_t dt_t u_t,
+        h_t = a_t h_{t-1} Θ_tᵀ + (1-λ_t) dt_t a_t U_{t-1} Θ_tᵀ + λ_t dt_t U_t,
         y_t = h_t C_t,    a_t = exp(dt_t A_t)
 
-    where R_t turns the first S pairs of channels by the S numbers `angle_t`. Turning
-    B and C back by all angles so far takes R out of the loop. Then g_t = h_t +
-    (1-λ_{t+1}) dt_{t+1} u_t obeys the plain recurrence g_t = a_t g_{t-1} + (its factor
-    of u_t) u_t, and y_t = g_t C_t - (1-λ_{t+1}) dt_{t+1} (B_t · C_t) x_t.
+    where Θ_t turns the first S pairs of channels by the S numbers `angle_t`. Turning
+    B and C back by all angles so far takes Θ out of the loop. Then g_t = h_t +
+    (1-λ_{t+1}) dt_{t+1} U_t obeys the plain recurrence g_t = a_t g_{t-1} + (its factor
+    of U_t) U_t, and y_t = g_t C_t - (1-λ_{t+1}) dt_{t+1} (B_t · C_t) x_t.
     lam = 1 and angle = 0 is Mamba-2. One input and one output per head (SISO).
     Dtypes and errors as in `simple_gla`. Source: Lahoti et al. 2026 (arXiv 2603.15569):
     its exponential-trapezoidal recurrence and its rotary form of complex states.
     """
-    S = angle.shape[-1]
-    per_head = {"C": (C, "b T H N"), "B": (B, "b T H N"), "x": (x, "b T H P")}
-    A_letters = "H" if jnp.ndim(A) == 1 else "b T H"
-    gates = {"dt": (dt, "b T H"), "lam": (lam, "b T H"), "A": (A, A_letters)}
-    check_shapes(**per_head, **gates, angle=(angle, "b T H S"))
-    if 2 * S > B.shape[-1]:
-        raise ValueError(f"angle: S = {S}; it must be at most N/2 = {B.shape[-1] / 2}")
+    _check_mamba3(x, dt, A, lam, B, C, angle)
     dtype = x.dtype
     x, dt, A, lam, B, C, angle = to_accumulator(x, dt, A, lam, B, C, angle)
     if state is None:
-        h0 = jnp.zeros((*x.shape[:1], *x.shape[2:], B.shape[-1]), x.dtype)
-        past = (angle[:, 0], B[:, 0], x[:, 0])
-        state = Mamba3State(h0, *(jnp.zeros_like(v) for v in past))
+        past = (jnp.zeros_like(v[:, 0]) for v in (angle, B, x))
+        state = Mamba3State(zero_state(x, B), *past)
 
     angle = state.angle[:, None] + jnp.cumsum(angle, axis=1)
     B, C = _rotate(B, -angle), _rotate(C, -angle)
     left = (1 - lam) * dt  # step t's weight for the input before it
-    h0 = state.h + left[:, 0, :, None, None] * (
-        state.x[..., :, None] * state.B[..., None, :]
-    )
+    h0 = state.h + jnp.einsum("bh,bhp,bhn->bhpn", left[:, 0], state.x, state.B)
     after = jnp.pad(left[:, 1:], ((0, 0), (0, 1), (0, 0)))  # left of the next step
     scale = lam * dt + after
     y, h = _ssd(
@@ -265,3 +256,14 @@ def _check(q, k, v, **more) -> None:
         raise ValueError(
             f"k: G = {sizes['G']} groups must divide the H = {sizes['H']} heads of v"
         )
+
+
+def _check_mamba3(x, dt, A, lam, B, C, angle) -> None:
+    """Raise ValueError unless the arguments of `mamba3` fit together."""
+    S = angle.shape[-1]
+    per_head = {"C": (C, "b T H N"), "B": (B, "b T H N"), "x": (x, "b T H P")}
+    A_letters = "H" if jnp.ndim(A) == 1 else "b T H"
+    gates = {"dt": (dt, "b T H"), "lam": (lam, "b T H"), "A": (A, A_letters)}
+    check_shapes(**per_head, **gates, angle=(angle, "b T H S"))
+    if 2 * S > B.shape[-1]:
+        raise ValueError(f"angle: S = {S}; it must be at most N/2 = {B.shape[-1] / 2}")
