@@ -15,6 +15,8 @@ ORDER = [  # a module imports only from those above it
     "recurrence",
     "quadratic",
     "chunked",
+    "recurrences",
+    "nonscalar",
     "model",
     "weights",
     "text",
