@@ -16,6 +16,8 @@ ORDER = [  # a module imports only from those above it
     "quadratic",
     "chunked",
     "model",
+    "hub",
+    "config_json",
     "weights",
     "text",
     "generate",
