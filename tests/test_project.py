@@ -21,6 +21,7 @@ ORDER = [  # a module imports only from those above it
     "weights",
     "text",
     "generate",
+    "evaluate",
     "attention",
     "train",
     "notebook",
