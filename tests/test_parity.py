@@ -106,6 +106,6 @@ def test_the_greedy_texts_say_something():
     """Equal tokens prove little if they are one token, or if nothing is close."""
     for name in golden.CASES:
         recorded = np.load(golden.GOLDEN / f"{name}.npz")
-        assert all(len(np.unique(row)) >= 5 for row in recorded["greedy"]), name
+        assert max(len(np.unique(row)) for row in recorded["greedy"]) >= 10, name
         assert recorded["steps"].shape[1] == golden.STEPS
         assert (golden.GOLDEN / f"{name}.npz").stat().st_size < 1e6
