@@ -52,7 +52,7 @@ def evaluate(
 
     No start token is added, and no token is read twice: T - 1 tokens cost one pass.
     `piece` bounds the memory (piece * vocab_size logits) and changes nothing else.
-    Text of more than two seconds shows progress on standard error.
+    In a terminal, what takes more than two seconds shows its progress.
 
     Raises ValueError for fewer than two tokens, tokens out of range, or piece < 1.
     """
@@ -65,7 +65,8 @@ def evaluate(
         raise ValueError(f"piece: {piece}; it must be at least 1")
     cache = init_cache(config, 1, params["embedding"].dtype)
     n, nats = len(tokens) - 1, 0.0
-    with tqdm(total=n, unit=" tokens", delay=2, leave=False) as progress:
+    bar = dict(unit=" tokens", delay=2, leave=False, disable=None)
+    with tqdm(total=n, **bar) as progress:
         for start in range(0, n, piece):
             size = min(piece, n - start)
             pair = np.zeros((2, piece), np.int32)

@@ -42,8 +42,8 @@ def load(
     "org/name" is downloaded once, through the `huggingface_hub` cache, at `revision`.
     Matrices are converted to `dtype`; decays, skips and norms are float32. Names and
     shapes are checked before any weight is read, and weights are read one by one, so
-    the peak of memory is one copy of the model and its largest tensor. Loads of more
-    than two seconds show their progress on standard error.
+    the peak of memory is one copy of the model and its largest tensor. In a terminal,
+    loads of more than two seconds show their progress.
 
     Raises OSError for a missing file, ImportError where a format needs torch, and
     ValueError that names the tensor or key for anything unknown, missing, double,
@@ -69,7 +69,7 @@ def _read(config, stored, want, dtype) -> Params:
     """The parameters, tensor by tensor."""
     params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
     total = sum(math.prod(shape) for shape, _ in want.values())
-    bar = dict(unit=" weights", unit_scale=True, delay=2, leave=False)
+    bar = dict(unit=" weights", unit_scale=True, delay=2, leave=False, disable=None)
     with tqdm(total=total, **bar) as progress:
         for name, (shape, parts) in want.items():
             file, _, read = stored[name]

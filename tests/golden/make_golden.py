@@ -247,7 +247,8 @@ def main() -> int:
             if live:
                 rows["live"] = reference(folder, name)
             if write:
-                np.savez_compressed(GOLDEN / f"{name}.npz", **record(rows["live"]))
+                kept = record(rows["live"]) | {"prompt": prompt(name)}
+                np.savez_compressed(GOLDEN / f"{name}.npz", **kept)
             rows["recorded"] = dict(np.load(GOLDEN / f"{name}.npz"))
         for kind, theirs in rows.items():
             e = compare(mine, theirs)
