@@ -14,8 +14,8 @@ __all__ = ["PRESETS", "Mamba2Config"]
 class Mamba2Config:
     """Sizes of a Mamba-2 language model. Frozen and hashable: a static jit argument.
 
-    Raises ValueError if a size is not a positive integer, if the groups do not divide
-    the heads, or if time_step_limit is not 0 <= low <= high.
+    Raises ValueError if a size is not a positive integer, a switch not a bool, if the
+    groups do not divide the heads, or if time_step_limit is not 0 <= low <= high.
     """
 
     vocab_size: int  # V
@@ -48,6 +48,9 @@ class Mamba2Config:
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: {size!r}; it must be a positive integer")
+        for name in ("tie_embeddings", "conv_bias", "proj_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r}; it must be a bool")
         if self.n_heads % self.n_groups:
             raise ValueError(
                 f"n_groups: {self.n_groups}; it must divide n_heads = {self.n_heads}"

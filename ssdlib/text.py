@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ssdlib.weights import load_config, resolve
+from ssdlib.config_json import load_config
+from ssdlib.hub import fetch
 
 __all__ = ["ByteTokenizer", "load_tokenizer"]
 
@@ -29,10 +30,15 @@ class _HubTokenizer:
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
             raise ImportError(
-                "this model needs the tokenizers package: pip install tokenizers"
+                "tokenizer.json needs the tokenizers package: pip install tokenizers, "
+                "or install ssdlib with the extra `text`"
             ) from error
-        self._tokenizer = Tokenizer.from_file(str(path))
-        self.eos_id = self._tokenizer.token_to_id("<|endoftext|>")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # its parser raises plain exceptions
+            raise ValueError(f"{path.name}: not a tokenizer ({error})") from error
+        ends = map(self._tokenizer.token_to_id, ("<|endoftext|>", "</s>"))
+        self.eos_id = next((i for i in ends if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
@@ -46,11 +52,16 @@ def load_tokenizer(
 ) -> ByteTokenizer | _HubTokenizer:
     """The tokenizer beside a checkpoint; bytes if it has none and 256 tokens.
 
-    Raises FileNotFoundError if neither fits, ImportError if `tokenizers` is missing.
+    The original state-spaces repositories have none: their models read with the
+    tokenizer of EleutherAI/gpt-neox-20b. Raises FileNotFoundError if neither fits,
+    ImportError if `tokenizers` is missing, ValueError for a broken file.
     """
-    folder, _ = resolve(source, revision)
+    folder = fetch(source, ["config.json", "tokenizer.json"], revision)
     if (folder / "tokenizer.json").exists():
         return _HubTokenizer(folder / "tokenizer.json")
     if load_config(folder).vocab_size == 256:
         return ByteTokenizer()
-    raise FileNotFoundError(f"{folder.name}: no tokenizer.json")
+    raise FileNotFoundError(
+        f"{source}: no tokenizer.json (the original state-spaces models use that of "
+        "EleutherAI/gpt-neox-20b)"
+    )

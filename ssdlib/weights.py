@@ -1,11 +1,16 @@
-"""Checkpoints in and out: safetensors and config.json in the `transformers` layout.
+"""Checkpoints in and out, in both published layouts.
 
-Strict both ways: every tensor of a file must be used, every parameter filled, every
-shape equal. Only safetensors are read, so loading never executes code.
+`load` reads the layout of `transformers` (safetensors) and the original one of
+`mamba_ssm` (config.json with ssm_cfg); `save` writes the first. Strict both ways: every
+tensor of a file must be used, every parameter filled, every shape equal. Loading never
+executes code: safetensors hold none, and torch reads its own format with
+weights_only=True.
 """
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,223 +18,242 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from ssdlib.config import Mamba2Config
-from ssdlib.model import Params, init_params
+from ssdlib.config_json import load_config, to_json
+from ssdlib.hub import check_torch, resolve, unique
+from ssdlib.model import Params
 
-__all__ = ["load", "load_config", "resolve", "save"]
+__all__ = ["load", "save"]
 
-TINY = Path(__file__).parent / "tiny"
-INDEX = "model.safetensors.index.json"
+FLOAT32 = {"norm", "gate_norm", "A_log", "D", "dt_bias"}  # whatever dtype is asked for
+EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 
-CONFIG_KEYS = {  # config.json (transformers): Mamba2Config
-    "vocab_size": "vocab_size",
-    "hidden_size": "d_model",
-    "num_hidden_layers": "n_layers",
-    "num_heads": "n_heads",
-    "head_dim": "head_dim",
-    "state_size": "d_state",
-    "n_groups": "n_groups",
-    "conv_kernel": "d_conv",
-    "chunk_size": "chunk_size",
-    "tie_word_embeddings": "tie_embeddings",
-    "use_conv_bias": "conv_bias",
-    "use_bias": "proj_bias",
-    "layer_norm_epsilon": "norm_eps",
-    "time_step_limit": "time_step_limit",
-}
-LAYER_KEYS = {  # transformers, under backbone.layers.i: parameter of a layer
-    "norm.weight": ("norm",),
-    "mixer.in_proj.weight": ("z", "xBC", "dt"),  # stacked along the outputs
-    "mixer.in_proj.bias": ("z_bias", "xBC_bias", "dt_proj_bias"),
-    "mixer.conv1d.weight": ("conv",),  # stored as (d_xBC, 1, d_conv)
-    "mixer.conv1d.bias": ("conv_bias",),
-    "mixer.dt_bias": ("dt_bias",),
-    "mixer.A_log": ("A_log",),
-    "mixer.D": ("D",),
-    "mixer.norm.weight": ("gate_norm",),
-    "mixer.out_proj.weight": ("out",),
-    "mixer.out_proj.bias": ("out_bias",),
-}
-MODEL_KEYS = {
-    "backbone.embeddings.weight": "embedding",
-    "backbone.norm_f.weight": "norm",
-    "lm_head.weight": "head",
-}
+Place = tuple[int | None, str]  # (layer, or None for the model itself; parameter)
 
 
 def load(
     source: str | Path, dtype=jnp.float32, revision: str | None = None
 ) -> tuple[Params, Mamba2Config]:
-    """(params, config) from "tiny", a folder, a .safetensors file or a hub id.
+    """(params, config) from "tiny", a folder, a weight file or a hub id.
 
     "tiny" is the byte-level model inside this package. A hub id such as
     "org/name" is downloaded once, through the `huggingface_hub` cache, at `revision`.
-    Matrices are converted to `dtype` tensor by tensor; decays, skips and norms are
-    float32. Raises FileNotFoundError for a missing file, and ValueError that names the
-    tensor or key for anything unknown, missing, misshapen or unreadable.
+    Matrices are converted to `dtype`; decays, skips and norms are float32. Names and
+    shapes are checked before any weight is read, and weights are read one by one, so
+    the peak of memory is one copy of the model and its largest tensor. In a terminal,
+    loads of more than two seconds show their progress.
+
+    Raises OSError for a missing file, ImportError where a format needs torch, and
+    ValueError that names the tensor or key for anything unknown, missing, double,
+    misshapen, not finite or unreadable.
     """
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"dtype: {jnp.dtype(dtype)}; it must be floating point")
     folder, files = resolve(source, revision)
     config = load_config(folder)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
-    want = _external_keys(shapes, config)
-
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as f:
-                for name in f.keys():
-                    if name not in want:
-                        if name == "lm_head.weight" and config.tie_embeddings:
-                            continue  # a copy of the embedding that some files keep
-                        raise ValueError(f"{file.name}: unknown tensor {name!r}")
-                    tensor, (parts, shape) = f.get_tensor(name), want[name]
-                    if tensor.shape != shape:
-                        raise ValueError(
-                            f"{file.name}: tensor {name!r} has shape {tensor.shape}; "
-                            f"config.json asks for {shape}"
-                        )
-                    tensors |= _split(tensor, parts)
-                    del tensor
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file.name}: not a readable safetensors file ({error})"
-            ) from error
-    paths, structure = jax.tree.flatten_with_path(shapes)
-    missing = [name for name, (parts, _) in want.items() if parts[0][0] not in tensors]
-    if missing:
+    stored = _headers(files)
+    if config.n_layers > len(stored):
         raise ValueError(
-            f"{folder.name}: {len(missing)} tensors missing, first {missing[0]!r}"
+            f"config.json: {config.n_layers} layers; {folder.name} holds only "
+            f"{len(stored)} tensors"
         )
-    return jax.tree.unflatten(structure, [tensors[path] for path, _ in paths]), config
+    want = _layout(config)
+    _check_names(folder, config, stored, want)
+
+    return _read(config, stored, want, jnp.dtype(dtype)), config
+
+
+def _read(config, stored, want, dtype) -> Params:
+    """The parameters, tensor by tensor."""
+    params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
+    total = sum(math.prod(shape) for shape, _ in want.values())
+    bar = dict(unit=" weights", unit_scale=True, delay=2, leave=False, disable=None)
+    with tqdm(total=total, **bar) as progress:
+        for name, (shape, parts) in want.items():
+            file, _, read = stored[name]
+            tensor, row = read(), 0
+            if name == EMBEDDING and config.tie_embeddings and HEAD in stored:
+                if not np.array_equal(tensor, stored[HEAD][2]()):
+                    raise ValueError(
+                        f"{file}: config.json ties embedding and head, but {HEAD!r} "
+                        "differs"
+                    )
+            for (layer, key), part in parts.items():
+                rows = tensor[row : row + part[0]].reshape(part)
+                with np.errstate(over="ignore"):  # in NumPy: nothing to compile
+                    value = rows.astype(jnp.float32 if key in FLOAT32 else dtype)
+                if not np.isfinite(value).all():
+                    raise ValueError(
+                        f"{file}: tensor {name!r} has values that are not finite in "
+                        f"{value.dtype}"
+                    )
+                (params if layer is None else params["layers"][layer])[key] = (
+                    jnp.asarray(value)
+                )
+                row += part[0]
+            progress.update(math.prod(shape))
+    return params
 
 
 def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
-    """Write config.json and model.safetensors; `transformers` and `load` read them."""
+    """Write config.json and model.safetensors; `transformers` and `load` read them.
+
+    Raises ValueError for parameters that are not those of this config. transformers
+    itself wants `d_inner` to be a whole multiple of `d_model`.
+    """
+    tensors, used = {}, 0
+    for name, (shape, parts) in _layout(config).items():
+        values = []
+        for (layer, key), part in parts.items():
+            value = (params if layer is None else params["layers"][layer]).get(key)
+            if np.shape(value) != part:
+                where = key if layer is None else f"layers[{layer}][{key!r}]"
+                raise ValueError(
+                    f"params: {where} has shape {np.shape(value)}; config asks for "
+                    f"{part}"
+                )
+            values.append(np.asarray(value))
+        used += len(values)
+        tensors[name] = np.ascontiguousarray(np.concatenate(values).reshape(shape))
+    if len(jax.tree.leaves(params)) != used:
+        raise ValueError("params: they hold more arrays than config asks for")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    leaves = dict(jax.tree.flatten_with_path(params)[0])
-    tensors = {}
-    for name, (parts, shape) in _external_keys(params, config).items():
-        whole = np.concatenate([np.asarray(leaves[path]) for path, *_ in parts])
-        tensors[name] = np.ascontiguousarray(whole.reshape(shape))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    fields = {k: getattr(config, v) for k, v in CONFIG_KEYS.items()}
-    expand = config.d_inner / config.d_model  # transformers reads whole numbers only
-    low, high = config.time_step_limit
-    if math.isinf(high):
-        high = {"__float__": "Infinity"}
-    fields |= {
-        "architectures": ["Mamba2ForCausalLM"],
-        "model_type": "mamba2",
-        "expand": int(expand) if expand.is_integer() else expand,
-        "time_step_limit": [low, high],
-        "rms_norm": True,
-        "hidden_act": "silu",
-        "norm_before_gate": False,
-        "residual_in_fp32": True,
+    (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+
+# --- names and shapes -----------------------------------------------------------------
+
+
+def _layout(config: Mamba2Config) -> dict[str, tuple[tuple, dict[Place, tuple]]]:
+    """Name in a checkpoint -> (stored shape, {our parameter: its shape}).
+
+    Parameters that share a tensor lie in it one below the other.
+    """
+    d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
+    rows = {"z": d_inner, "xBC": d_xBC, "dt": H}
+    mixer = {
+        "mixer.in_proj.weight": {key: (n, d) for key, n in rows.items()},
+        "mixer.conv1d.weight": {"conv": (d_xBC, config.d_conv)},  # stored (.., 1, ..)
+        "mixer.dt_bias": {"dt_bias": (H,)},
+        "mixer.A_log": {"A_log": (H,)},
+        "mixer.D": {"D": (H,)},
+        "mixer.norm.weight": {"gate_norm": (d_inner,)},
+        "mixer.out_proj.weight": {"out": (d, d_inner)},
     }
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if config.conv_bias:
+        mixer["mixer.conv1d.bias"] = {"conv_bias": (d_xBC,)}
+    if config.proj_bias:
+        names = "z_bias", "xBC_bias", "dt_proj_bias"
+        mixer["mixer.in_proj.bias"] = {
+            k: (n,) for k, n in zip(names, rows.values(), strict=True)
+        }
+        mixer["mixer.out_proj.bias"] = {"out_bias": (d,)}
 
-
-def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list[Path]]:
-    """The folder of a source and its safetensors files; downloads a hub id."""
-    if source == "tiny":
-        folder = TINY
-    elif Path(source).exists():
-        folder = Path(source)
-        if folder.suffix == ".safetensors":
-            return folder.parent, [folder]
-    elif str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        wanted = ["config.json", "tokenizer.json", "*.safetensors", INDEX]
-        try:
-            folder = Path(
-                snapshot_download(str(source), revision=revision, allow_patterns=wanted)
-            )
-        except Exception as error:  # the client raises errors of several libraries
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"source: cannot download {str(source)!r}: {reason}"
-            ) from error
-    else:
-        raise FileNotFoundError(
-            f"source: {str(source)!r} is no folder, no file and no hub id (owner/name)"
-        )
-    if (folder / INDEX).exists():
-        names = set(_read_json(folder / INDEX).get("weight_map", {}).values())
-        if bad := [n for n in names if Path(n).name != n]:
-            raise ValueError(f"{INDEX}: {bad[0]!r} is not a file name in this folder")
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{folder.name}: no {file.name}")
-    return folder, files
-
-
-def load_config(folder: Path) -> Mamba2Config:
-    """`Mamba2Config` from a folder's config.json. ValueError names a bad key."""
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder.name}: no config.json")
-    raw = _read_json(folder / "config.json")
-    if raw.get("model_type") != "mamba2":
-        raise ValueError(
-            f"config.json: model_type is {raw.get('model_type')!r}; it must be 'mamba2'"
-        )
-    if raw.get("norm_before_gate"):
-        raise ValueError("config.json: norm_before_gate=true is not supported")
-    if not (raw.get("rms_norm", True) and raw.get("hidden_act", "silu") == "silu"):
-        raise ValueError("config.json: only rms_norm=true, hidden_act='silu' fit")
-    fields = {ours: raw[key] for key, ours in CONFIG_KEYS.items() if key in raw}
-    if "time_step_limit" in fields:
-        limit = fields["time_step_limit"]
-        if isinstance(limit, list) and len(limit) == 2:
-            limit = [v["__float__"] if isinstance(v, dict) else v for v in limit]
-            fields["time_step_limit"] = tuple(float(v) for v in limit)
-    try:
-        return Mamba2Config(**fields)
-    except TypeError as error:
-        raise ValueError(f"config.json: {error}") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name}: holds no JSON object")
-    return value
-
-
-def _external_keys(params, config) -> dict:
-    """Checkpoint name -> ((path, rows, shape, dtype) of each part, stored shape)."""
-    leaves = dict(jax.tree.flatten_with_path(params)[0])
-    key, index = jax.tree_util.DictKey, jax.tree_util.SequenceKey
-    groups = {name: [(key(ours),)] for name, ours in MODEL_KEYS.items()}
+    groups = {EMBEDDING: {(None, "embedding"): (config.vocab_size, d)}}
     for i in range(config.n_layers):
-        for name, parts in LAYER_KEYS.items():
-            paths = [(key("layers"), index(i), key(part)) for part in parts]
-            groups[f"backbone.layers.{i}.{name}"] = paths
+        for name, parts in ({"norm.weight": {"norm": (d,)}} | mixer).items():
+            groups[f"backbone.layers.{i}.{name}"] = {
+                (i, key): shape for key, shape in parts.items()
+            }
+    groups["backbone.norm_f.weight"] = {(None, "norm"): (d,)}
+    if not config.tie_embeddings:
+        groups[HEAD] = {(None, "head"): (config.vocab_size, d)}
     out = {}
-    for name, paths in groups.items():
-        if paths[0] not in leaves:
-            continue  # an optional parameter that this model does not have
-        parts = [(p, leaves[p].shape, leaves[p].dtype) for p in paths]
-        rows = sum(shape[0] for _, shape, _ in parts)
-        rest = parts[0][1][1:]
-        out[name] = parts, (rows, *((1, *rest) if "conv1d.weight" in name else rest))
+    for name, parts in groups.items():
+        height, rest = sum(s[0] for s in parts.values()), next(iter(parts.values()))[1:]
+        middle = (1,) if name.endswith("conv1d.weight") else ()
+        out[name] = (height, *middle, *rest), parts
     return out
 
 
-def _split(tensor: np.ndarray, parts) -> dict:
-    """Cut a stored tensor along its rows into our parameters, in our dtype."""
-    out, row = {}, 0
-    for path, shape, dtype in parts:
-        part = tensor[row : row + shape[0]].reshape(shape)
-        out[path] = jnp.asarray(part).astype(dtype)
-        row += shape[0]
-    return out
+def _check_names(folder, config, stored, want) -> None:
+    """Raise ValueError unless the files hold exactly the tensors that are wanted."""
+    for name, (file, shape, _) in stored.items():
+        if name == HEAD and config.tie_embeddings:  # a copy that some files keep
+            expected = want[EMBEDDING][0]
+        elif name in want:
+            expected = want[name][0]
+        else:
+            raise ValueError(f"{file}: unknown tensor {name!r}")
+        if shape != expected:
+            raise ValueError(
+                f"{file}: tensor {name!r} has shape {shape}; config.json asks for "
+                f"{expected}"
+            )
+    if missing := [name for name in want if name not in stored]:
+        raise ValueError(
+            f"{folder.name}: {len(missing)} tensors missing, first {missing[0]!r}"
+        )
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def _headers(files: list[Path]) -> dict[str, tuple[str, tuple, Callable]]:
+    """Tensor name -> (file, shape, function that reads it); no weight is read yet."""
+    stored: dict = {}
+    for file in files:
+        tensors = _bin if file.suffix == ".bin" else _safetensors
+        for name, shape, read in tensors(file):
+            # The one name in which the two layouts differ.
+            name = name.replace("backbone.embedding.", "backbone.embeddings.")
+            if name in stored:
+                raise ValueError(f"{file.name}: tensor {name!r} comes twice")
+            stored[name] = file.name, shape, read
+    return stored
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
+    try:
+        with safe_open(path, framework="numpy") as f:
+            slices = [(name, f.get_slice(name)) for name in f.keys()]
+            about = [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
+        with open(path, "rb") as file:  # its parser lets the last of two keys win
+            size = int.from_bytes(file.read(8), "little")
+            json.loads(file.read(size), object_pairs_hook=unique)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: not a readable safetensors file ({error})"
+        ) from error
+    for name, dtype, shape in about:
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path.name}: tensor {name!r} is {dtype}; it must be floating point "
+                "of 16 bits or more"
+            )
+        yield name, shape, partial(_read_safetensors, path, name)
+
+
+def _read_safetensors(path: Path, name: str) -> np.ndarray:
+    # A mapping of its own for each tensor: what was read through one stays in memory
+    # until it is closed, and one mapping for all would make a second copy of the model.
+    with safe_open(path, framework="numpy") as f:
+        return f.get_tensor(name)
+
+
+def _bin(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
+    check_torch(path.name)
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, EOF and RuntimeError
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path.name}: torch cannot read it as plain weights ({reason})"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path.name}: holds no dictionary of tensors")
+    for name, tensor in list(state.items()):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path.name}: {name!r} is no floating point tensor")
+        yield str(name), tuple(tensor.shape), partial(_take, state, name)
+
+
+def _take(state: dict, name: str) -> np.ndarray:
+    tensor = state.pop(name)  # its memory is then free again; mmap would keep it
+    return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()

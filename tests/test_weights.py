@@ -1,6 +1,9 @@
 """Checkpoints: a round trip loses nothing, and whatever does not fit is named."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ssdlib import Mamba2Config, init_params, load, save
+from ssdlib.config_json import load_config, to_json
 from ssdlib.text import ByteTokenizer, load_tokenizer
+from ssdlib.weights import _layout
 
 VARIANTS = {
     "default": {},
@@ -93,6 +98,144 @@ def test_dtype_is_converted_but_decays_and_norms_stay_float32(folder):
     }
 
 
+# --- the original layout --------------------------------------------------------------
+
+
+def to_original(folder, **changes):
+    """Rewrite a saved checkpoint as mamba_ssm does; returns its tensors."""
+    raw = json.loads((folder / "config.json").read_text())
+    ssm_cfg = {"layer": "Mamba2", "headdim": raw["head_dim"], "chunk_size": 8}
+    ssm_cfg |= {"d_state": raw["state_size"], "ngroups": raw["n_groups"]}
+    config = {"d_model": raw["hidden_size"], "n_layer": raw["num_hidden_layers"]}
+    config |= {"vocab_size": 57, "pad_vocab_size_multiple": 61, "ssm_cfg": ssm_cfg}
+    config |= {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    return tensors
+
+
+def test_the_original_layout_loads_from_safetensors(folder):
+    whole, config = load(folder)
+    save_file(to_original(folder), folder / "model.safetensors")
+    original, original_config = load(folder)
+    assert original_config == config  # the vocabulary is padded to 61 rows
+    jax.tree.map(np.testing.assert_array_equal, original, whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_original_layout_loads_from_a_pytorch_file(folder, dtype):
+    torch = pytest.importorskip("torch")
+    _, config = load(folder)
+    tensors = {k: torch.tensor(v) for k, v in to_original(folder).items()}
+    tensors = {k: v.to(getattr(torch, dtype)) for k, v in tensors.items()}
+    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]  # tied, as stored
+    torch.save(tensors, folder / "pytorch_model.bin")
+    for source in (folder, folder / "pytorch_model.bin"):
+        params, loaded = load(source, jnp.dtype(dtype))
+        assert loaded == config
+        z = params["layers"][1]["z"]
+        stored = tensors["backbone.layers.1.mixer.in_proj.weight"][: config.d_inner]
+        assert z.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(z.astype(jnp.float32), stored.float().numpy())
+
+
+def test_a_pytorch_file_runs_no_code(folder, tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "boom"), "w")
+
+    to_original(folder)
+    torch.save({"backbone.embedding.weight": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: torch cannot read it"):
+        load(folder)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_without_torch_the_error_says_what_to_do(folder, monkeypatch):
+    to_original(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"needs torch.*load the model from .* in saf"
+    ):
+        load(folder)
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(ssm_cfg={}), "layer is 'Mamba1'; it must be 'Mamba2'"),
+        (dict(ssm_cfg={"layer": "Mamba2", "rank": 1}), "unknown key 'rank'"),
+        (dict(ssm_cfg={"layer": "Mamba2", "rmsnorm": False}), "rmsnorm is False"),
+        (dict(ssm_cfg={"layer": "Mamba2", "headdim": 7}), "headdim is 7; it must div"),
+        (dict(ssm_cfg=[]), "ssm_cfg is ..; it must be an object"),
+        (dict(attn_layer_idx=[3]), r"attn_layer_idx is \[3\]; it must be \[\]"),
+        (dict(n_layer=None), "n_layers: None; it must be a positive integer"),
+        (dict(vocab_size="57"), "vocab_size is '57'"),
+        (dict(pad_vocab_size_multiple=0), "pad_vocab_size_multiple is 0"),
+    ],
+)
+def test_an_original_config_that_differs_in_kind_is_named(folder, change, message):
+    save_file(to_original(folder, **change), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_the_published_configuration_of_130m_is_the_preset(tmp_path):
+    config = {"d_model": 768, "d_intermediate": 0, "n_layer": 24, "vocab_size": 50277}
+    config |= {"ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {}}
+    config |= {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+    config |= {"pad_vocab_size_multiple": 16, "tie_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path) == Mamba2Config.preset("130m")
+
+
+def test_a_key_that_transformers_leaves_out_has_its_default_there(tmp_path):
+    """transformers before version 5 wrote only what differs from its defaults."""
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2"}')
+    config = load_config(tmp_path)
+    assert (config.n_groups, config.tie_embeddings, config.d_model) == (8, False, 4096)
+
+
+def test_norm_before_gate_is_not_looked_at_in_the_transformers_layout(folder):
+    """Published files say true and are run with the gate first all the same."""
+    whole, _ = load(folder)
+    edit_config(folder, norm_before_gate=True)
+    jax.tree.map(np.testing.assert_array_equal, load(folder)[0], whole)
+
+
+# --- memory ---------------------------------------------------------------------------
+
+
+def test_loading_130m_needs_at_most_1_6_times_the_file(tmp_path):
+    """Of a whole process. Skipped where 2 GiB of memory and disk are not at hand."""
+    if shutil.disk_usage(tmp_path).free < 2**31:
+        pytest.skip("needs 2 GiB of disk")
+    config = Mamba2Config.preset("130m")
+    tensors = {n: np.zeros(s, np.float32) for n, (s, _) in _layout(config).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    code = """
+import resource, sys, jax, ssdlib
+jax.block_until_ready(ssdlib.load("tiny"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jax.block_until_ready(ssdlib.load(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    unit = 1 if sys.platform == "darwin" else 1024
+    file = (tmp_path / "model.safetensors").stat().st_size
+    assert file > 5e8
+    assert int(done.stdout) * unit <= 1.6 * file, done.stderr
+
+
 # --- whatever does not fit is named ---------------------------------------------------
 
 
@@ -128,10 +271,9 @@ def test_a_truncated_file_is_named(folder, cut):
     ("change", "message"),
     [
         (dict(model_type="mamba"), "model_type is 'mamba'; it must be 'mamba2'"),
-        (dict(hidden_size=-1), "d_model: -1; it must be a positive integer"),
+        (dict(hidden_size=-1), "hidden_size is -1; it must be a positive integer"),
         (dict(n_groups=3), "n_groups: 3; it must divide"),
-        (dict(norm_before_gate=True), "norm_before_gate=true is not supported"),
-        (dict(hidden_act="gelu"), "only rms_norm=true, hidden_act='silu'"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu'; it must be 'silu'"),
     ],
 )
 def test_a_bad_config_is_named(folder, change, message):
@@ -152,6 +294,55 @@ def test_broken_json_and_missing_files_are_named(folder, tmp_path):
         load(folder)
     with pytest.raises(FileNotFoundError, match="is no folder, no file and no hub id"):
         load("nowhere")
+
+
+def test_a_tensor_that_comes_twice_is_named(folder):
+    name = "backbone.norm_f.weight"
+    tensors = load_file(folder / "model.safetensors")
+    files = {"a.safetensors": tensors, "b.safetensors": {name: tensors[name]}}
+    for file, part in files.items():
+        save_file(part, folder / file)
+    index = {"weight_map": {str(i): file for i, file in enumerate(files)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"b\.safetensors: tensor '{name}' comes twi"):
+        load(folder)
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_named(folder):
+    whole, _ = load(folder)
+    edit(folder, **{"lm_head.weight": np.asarray(whole["embedding"])})
+    jax.tree.map(np.testing.assert_array_equal, load(folder)[0], whole)
+    edit(folder, **{"lm_head.weight": np.ones((61, 24), np.float32)})
+    with pytest.raises(ValueError, match=r"ties .*'lm_head\.weight' differs"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_weight_that_is_not_finite_is_named(folder, value):
+    bad = np.full(24, value, np.float32)
+    edit(folder, **{"backbone.layers.1.norm.weight": bad})
+    bad = np.full((24, 48), value, np.float32)
+    edit(folder, **{"backbone.layers.1.mixer.out_proj.weight": bad})
+    with pytest.raises(ValueError, match=r"layers\.1\..*not finite in float"):
+        load(folder, jnp.float16)
+
+
+def test_a_dtype_that_is_no_floating_point_is_named(folder):
+    with pytest.raises(ValueError, match="dtype: int32; it must be floating point"):
+        load(folder, jnp.int32)
+    edit(folder, **{"backbone.norm_f.weight": np.ones(24, np.int32)})
+    with pytest.raises(ValueError, match=r"'backbone\.norm_f\.weight' is I32; it must"):
+        load(folder)
+
+
+def test_saving_what_does_not_fit_the_config_is_refused(folder, tmp_path):
+    params, config = load(folder)
+    del params["layers"][1]["z"]
+    with pytest.raises(ValueError, match=r"params: layers\[1\]\['z'\] has shape \(\)"):
+        save(tmp_path / "new", params, config)
+    with pytest.raises(ValueError, match="params: they hold more arrays"):
+        save(tmp_path / "new", load(folder)[0] | {"more": np.ones(1)}, config)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_index_that_points_outside_its_folder_is_refused(folder):
