@@ -8,19 +8,36 @@ it came from. Needs no device of the target: see `targets`.
 """
 
 import datetime
+import gzip
+import json
 import linecache
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import jax
 import jaxlib
 
-from ssdlib import hlo_text
-from ssdlib.targets import compile_with
+from ssdlib import hlo_cost, hlo_text, hlo_view
+from ssdlib.targets import CompilerMissing, compile_with
 
-__all__ = ["Compiled", "Op", "compile_for", "diff"]
+__all__ = [
+    "RECORDS",
+    "Compiled",
+    "CompilerMissing",
+    "Op",
+    "compile_for",
+    "diff",
+    "load_record",
+]
+
+_HERE = Path(__file__).parent  # a wheel carries the records, a checkout has the book
+RECORDS = next(
+    (p for p in (_HERE / "results", _HERE.parent / "book/results") if p.exists()),
+    _HERE / "results",
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +78,12 @@ class Compiled:
     @property
     def flops(self) -> float:
         """All FLOPs, loops multiplied out: 2 a multiply-add, 1 other arithmetic."""
-        return sum(op.flops for op in self.ops)
+        return sum((op.flops for op in self.ops), 0.0)
 
     @property
     def bytes(self) -> float:
         """Bytes to and from main memory if every kernel reads and writes there."""
-        return sum(op.bytes for op in self.ops)
+        return sum((op.bytes for op in self.ops), 0.0)
 
     @property
     def cycles(self) -> int | None:
@@ -88,6 +105,49 @@ class Compiled:
     def custom_calls(self) -> dict[str, int]:
         """Calls of code that XLA did not generate, by name."""
         return dict(Counter(op.primitive for op in self.ops if op.kind == "custom"))
+
+    @property
+    def caption(self) -> str:
+        """Where these numbers come from: target, compiler, date, device or none."""
+        versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        how = {
+            "attached": "compiled here for the attached device",
+            "absent": "compiled here, no such device attached",
+        }.get(self.origin, f"recorded on {self.date}")
+        return f"{self.target}: {how}, with {versions}."
+
+    def show(self, rows: int = 20, by: str = "line") -> hlo_view.Table:
+        """A table, by "line" of JAX (the costliest first) or by "kernel" (in order)."""
+        views = {"line": hlo_view.lines, "kernel": hlo_view.kernels}
+        if by not in views:
+            raise ValueError(f'by: {by!r}; it must be "line" or "kernel"')
+        return views[by](self, rows)
+
+    def graph(self) -> hlo_view.Graph:
+        """The kernels and the arrays between them, as SVG. For up to 60 kernels."""
+        return hlo_view.Graph(self)
+
+    def excerpt(self, name: str, layouts: bool = False) -> str:
+        """The text of one kernel: a fusion's computation, or its one line."""
+        module = hlo_text.parse(self.hlo)
+        for computation in module.computations.values():
+            if name in computation.instructions:
+                i = computation.instructions[name]
+                called = i.called("calls") if i.opcode == "fusion" else []
+                return hlo_text.excerpt(self.hlo, name, called, layouts)
+        raise ValueError(f"name: {name!r} is no instruction of this program")
+
+    def save(self, name: str) -> None:
+        """Write a record: JSON without paths, layouts kept, long texts left out."""
+        path = _path(name, self.target)
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        text = hlo_text.strip(self.hlo)
+        data["hlo"] = text if len(text) < 60_000 else ""
+        data["columns"] = [f.name for f in fields(Op)]
+        data["ops"] = [astuple(op) for op in self.ops]
+        packed = gzip.compress(json.dumps(data).encode(), 9, mtime=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(packed)
 
 
 def compile_for(fn, *args, target="cpu", donate_argnums=()) -> Compiled:
@@ -122,6 +182,28 @@ def compile_for(fn, *args, target="cpu", donate_argnums=()) -> Compiled:
     )
 
 
+def load_record(name: str, target: str) -> Compiled:
+    """A recorded compilation; needs no compiler. OSError if there is none."""
+    data = json.loads(gzip.decompress(_path(name, target).read_bytes()))
+    columns = data.pop("columns")
+    ops = []
+    for row in data.pop("ops"):
+        cells = dict(zip(columns, row, strict=True))
+        cells |= {k: tuple(cells[k]) for k in ("inside", "inputs")}
+        ops.append(Op(**cells))
+    return Compiled(**(data | dict(ops=tuple(ops), origin="recorded")))
+
+
+def _path(name: str, target: str) -> Path:
+    return RECORDS / "hlo" / f"{name}@{target}.json.gz"
+
+
+def diff(*programs: Compiled, names: Sequence[str] | None = None) -> hlo_view.Table:
+    """Programs or targets side by side, by kind of kernel; names default to targets."""
+    names = names or [p.target for p in programs]
+    return hlo_view.compare(dict(zip(names, programs, strict=True)))
+
+
 def _versions(target: str) -> dict[str, str]:
     from importlib import metadata
 
@@ -146,12 +228,12 @@ _DATA = set(
 def _table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
     """(the ops, number of kernels whose loop has an unknown trip count)."""
     ops, unknown, seen = [], 0, set()
-    for i, at, times in hlo_text.executed(module):
+    for i, at, times in hlo_cost.executed(module):
         unknown += times is None
         times = times or 1
-        main, _ = hlo_text.traffic(module, i, at)
-        pairs = hlo_text.inside(module, i)
-        opcodes = sorted({j.opcode for j, _ in pairs} - hlo_text.FREE)
+        main, _ = hlo_cost.traffic(module, i, at)
+        pairs = hlo_cost.inside(module, i)
+        opcodes = sorted({j.opcode for j, _ in pairs} - hlo_cost.FREE)
         scope, primitive, source, code = _origin(module, i, pairs)
         kind = _kind(i, opcodes)
         if kind == "custom":
@@ -166,21 +248,21 @@ def _table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
                 shape=" ".join(map(str, i.shapes)),
                 memory="fast" if i.shapes and i.shapes[0].space else "main",
                 times=times,
-                flops=times * hlo_text.flops(module, i, at),
-                bytes=times * main,
+                flops=float(times * hlo_cost.flops(module, i, at)),
+                bytes=float(times * main),
                 cycles=None if i.cycles is None else times * i.cycles,
                 primitive=primitive,
                 scope=scope,
                 source=source,
                 code=code,
-                inputs=tuple(_producers(at, i, seen)),
+                inputs=tuple(_producers(module, at, i, seen)),
             )
         )
     return tuple(ops), unknown
 
 
 def _kind(i: hlo_text.Instruction, opcodes: list[str]) -> str:
-    found = set(opcodes) or {i.opcode}
+    found = set(opcodes) if i.opcode == "fusion" else {i.opcode}
     if i.opcode == "custom-call":
         return "product" if "__cublas$gemm" in i.attributes else "custom"
     if i.opcode.endswith("-start"):
@@ -193,7 +275,7 @@ def _kind(i: hlo_text.Instruction, opcodes: list[str]) -> str:
         return "gather"
     if found <= _DATA:
         return "copy"
-    return "elementwise" if found <= _DATA | hlo_text.ARITHMETIC else "other"
+    return "elementwise" if found <= _DATA | hlo_cost.ARITHMETIC else "other"
 
 
 def _origin(module, i, pairs) -> tuple[str, str, str, str]:
@@ -212,13 +294,21 @@ def _origin(module, i, pairs) -> tuple[str, str, str, str]:
     return "", i.opcode, "", ""
 
 
-def _producers(at, i, seen):
+def _producers(module, at, i, seen):
     """Kernels whose results i reads, through the instructions that only name values."""
-    todo, found = list(i.operands), []
+    todo, found = [(at, name) for name in i.operands], {}
     while todo:
-        source = at.instructions[todo.pop()]
-        if source.name in seen and source.name != i.name:
-            found.append(source.name)
+        place, name = todo.pop()
+        source = place.instructions[name]
+        if name in seen and name != i.name:
+            found[name] = None
+            continue
+        whole = place.instructions.get(source.operands[0]) if source.operands else None
+        if source.opcode == "get-tuple-element" and whole.opcode in ("while", "call"):
+            inner = module.computations[whole.called("body", "to_apply")[0]]
+            index = int(re.search(r"index=(\d+)", source.attributes)[1])
+            results = inner.root.operands  # of the last pass of the loop
+            todo += [(inner, results[index])] if index < len(results) else []
         else:
-            todo += source.operands
-    return dict.fromkeys(found)
+            todo += [(place, operand) for operand in source.operands]
+    return found

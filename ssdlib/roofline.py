@@ -22,7 +22,7 @@ HARDWARE = {
     "tpu-v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, _TPU),
     "tpu-v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, _TPU),
     "tpu-v6e": Chip("TPU v6e", 918e12, 1638e9, 32e9, _TPU),
-    "tpu-7x": Chip("TPU7x", 2307e12, 7380e9, 192 * 2**30, _TPU),
+    "tpu-7x": Chip("TPU7x", 2307e12, 7380e9, 192 * 2.0**30, _TPU),
     "t4": Chip("Tesla T4", 65e12, 320e9, 16e9, _NVIDIA),
     "l4": Chip("NVIDIA L4", 121e12, 300e9, 24e9, _NVIDIA),
     "l40s": Chip("NVIDIA L40S", 362e12, 864e9, 48e9, _NVIDIA),

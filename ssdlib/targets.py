@@ -39,7 +39,7 @@ class TPU:
 
     def device(self):
         """The first core of a described, absent host."""
-        if importlib.util.find_spec("libtpu") is None:
+        if not _installed("libtpu"):
             raise CompilerMissing
         chips = tuple(int(n) for n in self.topology.split(":")[1].split("x"))
         settings = dict(  # no query to the cloud's metadata server, no lock of a chip
@@ -73,16 +73,22 @@ class GPU:
 
     def device(self):
         """A described, absent chip."""
+        versions = ("xla_cuda13", "xla_cuda12")
+        plugins = [f"jax_plugins.{version}" for version in versions]
+        found = [name for name in plugins if _installed(name)]
+        if not found:
+            raise CompilerMissing
         describe = dict(topology="1x1x1", target_config=self.config())
         try:
             topology = topologies.get_topology_desc("", "cuda", **describe)
         except NotImplementedError:  # jax left the plugin out: no driver here
-            _register_cuda()
+            with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
+                importlib.import_module(found[0]).initialize()
             topology = topologies.get_topology_desc("", "cuda", **describe)
         return topology.devices[0]
 
     def config(self) -> str:
-        """GpuTargetConfigProto as text; bandwidth and memory from the hardware table."""
+        """GpuTargetConfigProto as text; bandwidth and memory from `HARDWARE`."""
         chip = next(c for c in HARDWARE.values() if c.name == self.kinds[0])
         major, minor = self.capability
         return f"""
@@ -185,15 +191,11 @@ def _struct(v, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding)
 
 
-def _register_cuda() -> None:
-    """Register the GPU plugin for compilation only; jax skips it without a driver."""
-    for version in ("xla_cuda13", "xla_cuda12"):
-        if importlib.util.find_spec(f"jax_plugins.{version}"):
-            plugin = importlib.import_module(f"jax_plugins.{version}")
-            with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
-                plugin.initialize()
-            return
-    raise CompilerMissing
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False
 
 
 @contextlib.contextmanager

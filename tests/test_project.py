@@ -24,6 +24,8 @@ ORDER = [  # a module imports only from those above it
     "roofline",
     "targets",
     "hlo_text",
+    "hlo_cost",
+    "hlo_view",
     "hlo",
     "notebook",
     "__init__",
