@@ -234,7 +234,7 @@ def _table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
         main, _ = hlo_cost.traffic(module, i, at)
         pairs = hlo_cost.inside(module, i)
         opcodes = sorted({j.opcode for j, _ in pairs} - hlo_cost.FREE)
-        scope, primitive, source, code = _origin(module, i, pairs)
+        scope, primitive, source, code = _origin(module, i, at, pairs)
         kind = _kind(i, opcodes)
         if kind == "custom":
             primitive = re.search(r'custom_call_target="([^"]*)"', i.attributes)[1]
@@ -278,20 +278,30 @@ def _kind(i: hlo_text.Instruction, opcodes: list[str]) -> str:
     return "elementwise" if found <= _DATA | hlo_cost.ARITHMETIC else "other"
 
 
-def _origin(module, i, pairs) -> tuple[str, str, str, str]:
+def _origin(module, i, at, pairs) -> tuple[str, str, str, str]:
     """(scope, primitive, file:line, code) of the JAX operation behind a kernel."""
     products = [j for j, _ in pairs if j.opcode in ("dot", "convolution")]
-    candidates = [*products, i, *(j for j, _ in reversed(pairs))]
-    for j in candidates:
-        name = re.search(r'op_name="([^"]*)"', j.attributes)
-        frame = re.search(r"stack_frame_id=(\d+)", j.attributes)
-        if name and frame:
-            *scope, primitive = name[1].split("/")
-            file, line = module.frames.get(int(frame[1]), ("", 0))
-            code = linecache.getline(file, line).strip()
-            short = "cell" if "ipykernel" in file else Path(file).name
-            return "/".join(scope), primitive, f"{short}:{line}", code
+    for j in [*products, i, *(j for j, _ in reversed(pairs))]:
+        if found := _metadata(module, j):
+            return found
+    for user in at.users(i.name):  # some rewrites leave the name to a bitcast
+        for j in [user, *(j for j, _ in hlo_cost.inside(module, user))]:
+            found = _metadata(module, j)
+            if found and found[1].startswith(i.opcode):
+                return found
     return "", i.opcode, "", ""
+
+
+def _metadata(module, i):
+    name = re.search(r'op_name="([^"]*)"', i.attributes)
+    frame = re.search(r"stack_frame_id=(\d+)", i.attributes)
+    if not name or not frame:
+        return None
+    scope, _, primitive = name[1].rpartition("/")
+    file, line = module.frames.get(int(frame[1]), ("", 0))
+    short = "cell" if "ipykernel" in file else Path(file).name
+    code = linecache.getline(file, line).strip()
+    return scope, primitive, f"{short}:{line}", code
 
 
 def _producers(module, at, i, seen):

@@ -18,13 +18,13 @@ COLORS = {  # of a kernel's kind, in graphs
 }
 
 
-def count(n: float | int | None) -> str:
-    """A number with three digits and a unit: 1.23 M."""
+def count(n: float | int | None, unit: str = "") -> str:
+    """A number with three digits and a unit: 1.23 MB."""
     if n is None:
         return "-"
-    for unit in ("", " k", " M", " G", " T"):
-        if abs(n) < 999.5 or unit == " T":
-            return f"{n:.3g}{unit}" if n % 1 or unit else f"{n:.0f}"
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(n) < 999.5 or prefix == "T":
+            return f"{n:.3g} {prefix}{unit}".rstrip()
         n /= 1000
 
 
