@@ -30,6 +30,7 @@ __all__ = [
     "Op",
     "compile_for",
     "diff",
+    "has_record",
     "load_record",
 ]
 
@@ -194,6 +195,11 @@ def load_record(name: str, target: str) -> Compiled:
     return Compiled(**(data | dict(ops=tuple(ops), origin="recorded")))
 
 
+def has_record(name: str, target: str) -> bool:
+    """Whether `load_record` would find one."""
+    return _path(name, target).exists()
+
+
 def _path(name: str, target: str) -> Path:
     return RECORDS / "hlo" / f"{name}@{target}.json.gz"
 
@@ -284,12 +290,13 @@ def _origin(module, i, at, pairs) -> tuple[str, str, str, str]:
     for j in [*products, i, *(j for j, _ in reversed(pairs))]:
         if found := _metadata(module, j):
             return found
+    opcode = (products or [*(j for j, _ in pairs), i])[-1].opcode
     for user in at.users(i.name):  # some rewrites leave the name to a bitcast
         for j in [user, *(j for j, _ in hlo_cost.inside(module, user))]:
             found = _metadata(module, j)
-            if found and found[1].startswith(i.opcode):
+            if found and found[1].startswith(opcode):
                 return found
-    return "", i.opcode, "", ""
+    return "", opcode, "", ""
 
 
 def _metadata(module, i):

@@ -53,14 +53,14 @@ class Table:
         def row(cells, tag):
             style = ["right" if r else "left" for r in self.right]
             parts = (
-                f'<{tag} style="text-align:{s}">{_code(c)}</{tag}>'
+                f'<{tag} style="text-align:{s};padding:1px 6px">{_code(c)}</{tag}>'
                 for c, s in zip(cells, style, strict=True)
             )
             return f"<tr>{''.join(parts)}</tr>"
 
         body = "".join(row(cells, "td") for cells in self.rows)
         return (
-            '<div style="overflow-x:auto"><table class="hlo" style="font-size:85%">'
+            '<div style="overflow-x:auto"><table style="font-size:75%;white-space:nowrap">'
             f"<thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
             f"</div><p><small>{html.escape(self.caption)}</small></p>"
         )
@@ -81,10 +81,10 @@ def lines(program, rows: int) -> Table:
     for (kind, primitive, source, code), ops in groups.items():
         amounts = _amounts(ops)
         share = _share(amounts, cost)
-        largest = max(ops, key=lambda op: op.bytes).shape
+        largest = _result(max(ops, key=lambda op: op.bytes))
         runs, flops, size, cycles = map(count, amounts)
         row = (runs, kind, primitive, flops, size, cycles, f"{share:.1%}")
-        table.append((share, (*row, largest[:32], source, code[:60])))
+        table.append((share, (*row, largest, source, code[:60])))
     table.sort(key=lambda pair: -pair[0])
     header = "runs kind primitive FLOP bytes cycles share result line code".split()
     caption = program.caption
@@ -101,7 +101,7 @@ def kernels(program, rows: int) -> Table:
         (
             *(op.times, op.name[:32], op.kind, op.memory),
             *map(count, (op.flops, op.bytes, op.cycles)),
-            *(op.shape[:32], op.source, op.code[:60]),
+            *(_result(op), op.source, op.code[:60]),
         )
         for op in program.ops[:rows]
     ]
@@ -135,6 +135,12 @@ def compare(programs: dict) -> Table:
         header += [f"{name}: runs", "bytes", "cycles"]
     captions = dict.fromkeys(p.caption for p in programs.values())
     return Table(header, rows, " ".join(captions))
+
+
+def _result(op) -> str:
+    """The first array of the result, and how many more there are."""
+    first, *more = op.shape.split(" ")
+    return f"{first} +{len(more)}" if more else first
 
 
 def _amounts(ops):
