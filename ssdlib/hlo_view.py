@@ -60,7 +60,8 @@ class Table:
 
         body = "".join(row(cells, "td") for cells in self.rows)
         return (
-            '<div style="overflow-x:auto"><table style="font-size:75%;white-space:nowrap">'
+            '<div style="overflow-x:auto">'
+            '<table style="font-size:75%;white-space:nowrap">'
             f"<thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
             f"</div><p><small>{html.escape(self.caption)}</small></p>"
         )
