@@ -88,7 +88,11 @@ class Compiled:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimates summed, loops multiplied out. A model, no clock."""
+        """The compiler's estimates summed, loops multiplied out: a model, no time.
+
+        Transfers to fast memory have none. A program that hides its reads behind other
+        work can therefore seem faster than memory allows; see `roofline`.
+        """
         cycles = [op.cycles for op in self.ops if op.cycles is not None]
         return sum(cycles) if cycles else None
 
