@@ -11,7 +11,7 @@ STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metada
 
 # What a chapter's outputs depend on besides its own code cells. The cache knows only the
 # cells, so a change in any of these empties it.
-SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* book/results/* book/results/hlo/*) requirements.txt)
+SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* book/results/*.* book/results/*/*) requirements.txt)
 
 .NOTPARALLEL:
 .PHONY: help book serve test lint pytest notebooks extras format bench lock clean FORCE

@@ -3,9 +3,12 @@
 import dataclasses
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -14,9 +17,10 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import hlo, hlo_cost, hlo_text, hlo_view
+from ssdlib import hlo, hlo_cost, hlo_text, hlo_view, notebook
 from ssdlib.targets import TARGETS, CompilerMissing, compile_with
 
+BOOK = Path(__file__).parent.parent / "book"
 NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin", None: "jaxlib"}
 
 
@@ -221,14 +225,15 @@ def test_custom_calls_are_counted_by_name():
 @pytest.mark.parametrize("name", THREE)
 def test_the_model_needs_no_custom_call(name):
     params, config, token, cache = decode_args()
-    step = hlo.compile_for(
-        ssdlib.decode_step, params, config, token, cache, target=name
-    )
-    assert step.custom_calls == {}
-    assert step.unknown_loops == 0
-    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
-    read = hlo.compile_for(ssdlib.prefill, params, config, tokens, target=name)
-    assert read.custom_calls == {}
+    with jax.default_matmul_precision("default"):  # one pass compiles fastest
+        step = hlo.compile_for(
+            ssdlib.decode_step, params, config, token, cache, target=name
+        )
+        params, config, *_ = decode_args(n_layers=1)
+        tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+        read = hlo.compile_for(ssdlib.prefill, params, config, tokens, target=name)
+    assert step.custom_calls == read.custom_calls == {}
+    assert step.unknown_loops == read.unknown_loops == 0
 
 
 def test_kernels_know_their_line_of_jax():
@@ -336,6 +341,49 @@ def test_a_record_gives_back_the_program(tmp_path, monkeypatch):
     before = (tmp_path / "hlo/toy@cpu.json.gz").read_bytes()
     program.save("toy")
     assert (tmp_path / "hlo/toy@cpu.json.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_a_fresh_compilation_has_the_structure_of_the_record(name):
+    """`mask` of chapter 07, taken from the chapter itself."""
+    cells = json.loads((BOOK / "07_hlo.ipynb").read_text())["cells"]
+    cell = next(c for c in cells if "def mask(" in "".join(c["source"]))
+    chapter = {"jnp": jnp, "jax": jax}
+    exec("".join(cell["source"]), chapter)
+    args = struct(1024, 128), struct(1024, 128), struct(1024, 64)
+    with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
+        fresh = hlo.compile_for(chapter["mask"], *args, target=name)
+
+    record = hlo.load_record("mask", name)
+    assert record.memory.keys() == fresh.memory.keys()
+    assert record.versions.keys() == fresh.versions.keys()
+    for size in ("argument", "output"):
+        assert record.memory[size] == fresh.memory[size]
+    assert abs(record.flops / fresh.flops - 1) < 0.01
+    if record.versions == fresh.versions:
+        for a, b in zip(record.ops, fresh.ops, strict=True):
+            assert (a.kind, a.shape, a.times) == (b.kind, b.shape, b.times)
+            assert (a.flops, a.primitive) == (b.flops, b.primitive)
+
+
+def test_chapters_fall_back_to_the_record_and_can_write_it(tmp_path, monkeypatch):
+    compiled = partial(notebook.compiled, "toy", jnp.sin, struct(8), target="cpu")
+    monkeypatch.setattr(hlo, "RECORDS", tmp_path)
+    live = compiled()
+    assert live.origin == "attached"
+    assert not hlo.has_record("toy", "cpu")
+    with monkeypatch.context() as record:
+        record.setenv("SSDLIB_RECORD", "1")
+        compiled(live=False)
+    assert compiled(live=False).origin == "recorded"
+
+    def missing(*args, **options):
+        raise CompilerMissing("no compiler")
+
+    monkeypatch.setattr(hlo, "compile_for", missing)
+    assert compiled().ops == live.ops
+    with pytest.raises(CompilerMissing):
+        notebook.compiled("other", jnp.sin, struct(8), target="cpu")
 
 
 def test_a_missing_record_is_an_os_error():
