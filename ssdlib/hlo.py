@@ -295,12 +295,20 @@ def _origin(module, i, at, pairs) -> tuple[str, str, str, str]:
         if found := _metadata(module, j):
             return found
     opcode = (products or [*(j for j, _ in pairs), i])[-1].opcode
-    for user in at.users(i.name):  # some rewrites leave the name to a bitcast
-        for j in [user, *(j for j, _ in hlo_cost.inside(module, user))]:
-            found = _metadata(module, j)
-            if found and found[1].startswith(opcode):
-                return found
-    return "", opcode, "", ""
+    users, found = [i], None
+    while users and not found:  # what the compiler inserts has no name: who needs it?
+        users = [user for j in users[:1] for user in at.users(j.name)]
+        insides = (j for user in users for j, _ in hlo_cost.inside(module, user))
+        found = next(filter(None, (_metadata(module, j) for j in users)), None)
+        found = found or next(
+            filter(None, (_metadata(module, j) for j in insides)), None
+        )
+    if not found:
+        return "", opcode, "", ""
+    scope, primitive, source, code = found
+    if primitive.startswith(opcode):  # a rewrite left the name to a bitcast
+        return scope, primitive, source, code
+    return scope, opcode, source, f"→ {code}"
 
 
 def _metadata(module, i):

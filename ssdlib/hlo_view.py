@@ -69,11 +69,14 @@ class Table:
 
 def _code(cell: str) -> str:
     text = html.escape(cell)
-    return f"<code>{text}</code>" if any(c in cell for c in "[(=_") else text
+    return f"<code>{text}</code>" if any(c in cell for c in "[(=_→") else text
 
 
 def lines(program, rows: int) -> Table:
-    """Kernels gathered by the line of JAX that they came from, the costliest first."""
+    """Kernels gathered by the line of JAX that they came from, the costliest first.
+
+    Before a line, → means: made by the compiler, for a later kernel of that line.
+    """
     groups = defaultdict(list)
     for op in program.ops:
         groups[op.kind, op.primitive, op.source, op.code].append(op)
@@ -84,10 +87,10 @@ def lines(program, rows: int) -> Table:
         share = _share(amounts, cost)
         largest = _result(max(ops, key=lambda op: op.bytes))
         runs, flops, size, cycles = map(count, amounts)
-        row = (runs, kind, primitive, flops, size, cycles, f"{share:.1%}")
-        table.append((share, (*row, largest, source, code[:60])))
+        row = (runs, kind, primitive, f"{share:.1%}", cycles, size, flops)
+        table.append((share, (*row, code[:60], source, largest)))
     table.sort(key=lambda pair: -pair[0])
-    header = "runs kind primitive FLOP bytes cycles share result line code".split()
+    header = "runs kind primitive share cycles bytes FLOP code line result".split()
     caption = program.caption
     if len(table) > rows:
         rest = 1 - sum(share for share, _ in table[:rows])
@@ -97,12 +100,12 @@ def lines(program, rows: int) -> Table:
 
 def kernels(program, rows: int) -> Table:
     """Kernels one by one, in the order in which they run."""
-    header = "runs kernel kind memory FLOP bytes cycles result line code".split()
+    header = "runs kernel kind memory cycles bytes FLOP code line result".split()
     table = [
         (
             *(op.times, op.name[:32], op.kind, op.memory),
-            *map(count, (op.flops, op.bytes, op.cycles)),
-            *(_result(op), op.source, op.code[:60]),
+            *map(count, (op.cycles, op.bytes, op.flops)),
+            *(op.code[:60], op.source, _result(op)),
         )
         for op in program.ops[:rows]
     ]

@@ -74,7 +74,7 @@ def test_inspect_prints_the_table_and_its_totals(capsys, monkeypatch):
     monkeypatch.setitem(config.PRESETS, "130m", (768, 1))
     status, out, err = run(capsys, "inspect", "--preset", "130m", "--rows", "5")
     assert (status, err) == (0, "")
-    assert re.match(r"runs +kind +primitive +FLOP +bytes +cycles +share", out)
+    assert re.match(r"runs +kind +primitive +share +cycles +bytes +FLOP +code", out)
     assert re.search(r"\d+ more rows, [\d.]+% of the cost\. cpu: compiled here", out)
     assert re.search(r"\d+ kernels, \d+ fusions, custom calls: none", out)
     hand = re.search(r"by hand: +([\d.]+) MFLOP, ([\d.]+) MB at least", out)
