@@ -71,6 +71,18 @@ def test_parameters_and_arguments_are_exact(preset):
         assert sum(roofline.parameters(config).values()) == sizes
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_more_row_moves_its_cache_twice_and_its_logits_once(dtype):
+    config = ssdlib.Mamba2Config.preset("370m")
+    size = jnp.dtype(dtype).itemsize
+    one, two = (roofline.decode(config, b, size).bytes for b in (1, 2))
+    _, row = model(config, 1, dtype)
+    cache = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(row))
+    assert two - one == 2 * cache + 4 * config.vocab_size
+    one, two = (roofline.prefill(config, b, 256, size).bytes for b in (1, 2))
+    assert two - one == cache + 4 * config.vocab_size
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_decode_flops_are_within_5_percent_of_the_compilers(preset):
     config = ssdlib.Mamba2Config.preset(preset)
@@ -106,9 +118,9 @@ def test_flops_of_the_forms_are_within_5_percent_of_the_compilers(preset):
         lowered = jax.jit(partial(form, **options)).lower(*layer_args(config, 2, T))
         return lowered.cost_analysis()["flops"]
 
-    T = 256
-    quadratic = roofline.quadratic(config, 2, T).flops
-    assert close(quadratic, count(ssdlib.ssd_quadratic, T))
+    for T in (1024, 256):
+        quadratic = roofline.quadratic(config, 2, T).flops
+        assert close(quadratic, count(ssdlib.ssd_quadratic, T))
     chunk = count(ssdlib.ssd_chunked, T, chunk_size=T)
     assert close(roofline.chunked(config, 2, T).flops, chunk)
     assert roofline.chunked(config, 2, 4 * T).flops == 4 * quadratic
