@@ -25,6 +25,7 @@ ORDER = [  # a module imports only from those above it
     "targets",
     "hlo_text",
     "hlo_cost",
+    "hlo_ops",
     "hlo_view",
     "hlo",
     "notebook",
