@@ -220,7 +220,7 @@ class Graph:
         color = COLORS.get(op.kind, "#7f7f7f")
         title = f"{op.name}: {op.source} {op.code}"
         times = f"{op.times} × " if op.times > 1 else ""
-        texts = f"{times}{op.kind}: {op.primitive}"[:28], op.shape[:28]
+        texts = f"{times}{op.kind}: {op.primitive}"[:28], _result(op)[:28]
         return (
             f"<g><title>{html.escape(title)}</title>"
             f'<rect x="{x - 82:.0f}" y="{y - 20:.0f}" width="164" height="40" rx="5" '
