@@ -3,6 +3,7 @@
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import Generation, generate, stream
+from ssdlib.hlo import compile_for
 from ssdlib.model import (
     Cache,
     decode_step,
@@ -19,6 +20,7 @@ __all__ = [
     "Cache",
     "Generation",
     "Mamba2Config",
+    "compile_for",
     "decay_mask",
     "decode_step",
     "forward",

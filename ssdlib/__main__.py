@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands)
     add_evaluate(commands)
+    add_inspect(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -164,6 +165,83 @@ def evaluate(args) -> None:
     print(f"perplexity      {result.perplexity:.4f}")
     print(f"bits per byte   {result.nats / math.log(2) / scored:.6f}")
     print(f"{result.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def add_inspect(commands) -> None:
+    """Declare the `inspect` command."""
+    p = commands.add_parser(
+        "inspect",
+        help="compile for a chip, here or not, and show the program",
+        description="Compile a published model for a chip, attached or absent, and "
+        "list its kernels by the line of JAX that they come from. Nothing is run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    p.add_argument("--what", choices=["decode", "prefill"], default="decode")
+    p.add_argument("--target", default="cpu", help="cpu, tpu-v6e, l40s, h100, ...")
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--tokens", type=int, default=1024, help="of a prefill")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--by", choices=["line", "kernel"], default="line")
+    p.add_argument("--rows", type=int, default=20)
+    p.set_defaults(run=inspect)
+
+
+def inspect(args) -> None:
+    """Print the table of kernels of args.preset on args.target, and its totals."""
+    from ssdlib import Mamba2Config, roofline
+    from ssdlib.hlo_view import count
+
+    for name in ("batch", "tokens", "rows"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: {getattr(args, name)}; it must be at least 1")
+    config = Mamba2Config.preset(args.preset)
+    program = compile_preset(args, config)
+    print(program.show(args.rows, args.by))
+    if args.what == "decode":
+        sizes = config, args.batch
+    else:
+        sizes = config, args.batch, args.tokens
+    itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
+    work = getattr(roofline, args.what)(*sizes, itemsize)
+    cycles = (
+        ""
+        if program.cycles is None
+        else f", {count(program.cycles)} cycles (its estimate)"
+    )
+    flops, size = count(program.flops, "FLOP"), count(program.bytes, "B")
+    print(
+        f"\n{program.launches} kernels, {program.fusions} fusions, custom calls: "
+        f"{program.custom_calls or 'none'}; compiled in {program.compile_seconds} s\n"
+        f"compiled: {flops}, {size}{cycles}\n"
+        f"by hand:  {count(work.flops, 'FLOP')}, {count(work.bytes, 'B')} at least"
+    )
+    if args.target in roofline.HARDWARE:
+        chip = roofline.HARDWARE[args.target]
+        print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
+    memory = ", ".join(f"{k} {count(v, 'B')}" for k, v in program.memory.items())
+    print(f"memory: {memory}")
+
+
+def compile_preset(args, config):
+    """The compiled decode step or prefill that the arguments describe."""
+    import jax
+    import jax.numpy as jnp
+
+    import ssdlib
+
+    def build():
+        key, dtype = jax.random.key(0), jnp.dtype(args.dtype)
+        params = ssdlib.init_params(config, key, dtype)
+        return params, ssdlib.init_cache(config, args.batch, dtype)
+
+    params, cache = jax.eval_shape(build)
+    shape = (args.batch,) if args.what == "decode" else (args.batch, args.tokens)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    fn = ssdlib.decode_step if args.what == "decode" else ssdlib.prefill
+    return ssdlib.compile_for(
+        fn, params, config, tokens, cache, target=args.target, donate_argnums=3
+    )
 
 
 if __name__ == "__main__":

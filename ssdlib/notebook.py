@@ -7,6 +7,7 @@ import ast
 import hashlib
 import inspect
 import io
+import os
 import re
 import textwrap
 
@@ -15,7 +16,9 @@ import matplotlib
 import matplotlib.pyplot as plt
 from IPython.display import HTML, Markdown, display
 
-__all__ = ["COLORS", "say", "show", "source", "start"]
+from ssdlib import hlo
+
+__all__ = ["COLORS", "compiled", "say", "show", "source", "start"]
 
 COLORS = ["#2f7ed8", "#d9822b", "#2a9d6e", "#cc4778", "#8a63d2", "#7f7f7f"]
 _INK = "#010203"  # stands for the page's own text color, light or dark
@@ -71,6 +74,26 @@ def source(fn) -> None:
         body = "\n".join(lines[first.end_lineno :]).lstrip("\n")
         code = "\n".join([*lines[: first.lineno - 1], body])
     display(Markdown(f"```python\n{code.strip()}\n```"))
+
+
+def compiled(name: str, fn, *args, target: str, live: bool = True, **options):
+    """`hlo.compile_for`, or the record `name` where the compiler is missing.
+
+    With live=False always the record: for what takes a compiler too long. The command
+    `python tools/record_hlo.py` runs the chapters so that each call writes its record.
+    """
+    record = "SSDLIB_RECORD" in os.environ
+    if live or record:
+        try:
+            program = hlo.compile_for(fn, *args, target=target, **options)
+        except hlo.CompilerMissing:
+            if record or not hlo.has_record(name, target):
+                raise
+        else:
+            if record:
+                program.save(name)
+            return program
+    return hlo.load_record(name, target)
 
 
 def show(figure, alt: str) -> None:

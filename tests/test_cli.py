@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from ssdlib import Mamba2Config, config, roofline
 from ssdlib.__main__ import main
 
 
@@ -55,6 +56,9 @@ def test_a_character_cut_in_two_waits_for_its_other_half(capsys, monkeypatch):
         (["generate", "x", "--top-k", "300"], "top_k: 300 is outside 1..256"),
         (["generate", "x", "--temperature", "-1"], "temperature: -1.0"),
         (["generate", "x", "--model", "nowhere"], "source: 'nowhere' is no folder"),
+        (["inspect", "--preset", "7b"], "name: '7b'; it must be one of 130m"),
+        (["inspect", "--target", "abacus"], "target: 'abacus'; it must be one of cpu"),
+        (["inspect", "--batch", "0"], "batch: 0; it must be at least 1"),
     ],
 )
 @pytest.mark.usefixtures("as_user")
@@ -64,6 +68,20 @@ def test_errors_have_one_line_and_no_traceback(capsys, argv, message):
     assert out == ""
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+def test_inspect_prints_the_table_and_its_totals(capsys, monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "130m", (768, 1))
+    status, out, err = run(capsys, "inspect", "--preset", "130m", "--rows", "5")
+    assert (status, err) == (0, "")
+    assert re.match(r"runs +kind +primitive +share +cycles +bytes +FLOP +code", out)
+    assert re.search(r"\d+ more rows, [\d.]+% of the cost\. cpu: compiled here", out)
+    assert re.search(r"\d+ kernels, \d+ fusions, custom calls: none", out)
+    hand = re.search(r"by hand: +([\d.]+) MFLOP, ([\d.]+) MB at least", out)
+    work = roofline.decode(Mamba2Config.preset("130m"), 1)
+    assert float(hand[1]) == pytest.approx(work.flops / 1e6, rel=5e-3)
+    assert float(hand[2]) == pytest.approx(work.bytes / 1e6, rel=5e-3)
+    assert re.search(r"memory: argument [\d.]+ MB, output", out)
 
 
 def test_help_and_usage_from_a_shell():

@@ -1,0 +1,211 @@
+"""Rooflines: the work of a program from its sizes, and the time that it takes at least.
+
+    time >= max(FLOPs / peak, bytes / bandwidth)
+
+The work is counted by hand, from a `Mamba2Config` alone: 2 FLOPs a multiply-add, each
+weight and each state read once. `hlo` counts what a compiler made of it.
+Source: Williams, Waterman and Patterson 2009, "Roofline" (CACM 52:4).
+"""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssdlib.config import Mamba2Config
+
+__all__ = [
+    "HARDWARE",
+    "Chip",
+    "Work",
+    "chunked",
+    "decode",
+    "measure_cpu",
+    "parameters",
+    "prefill",
+    "quadratic",
+    "recurrent",
+]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip: dense products in FLOP/s, main memory in bytes, bytes/s."""
+
+    name: str
+    flops: float  # bfloat16 (float16 on a T4, float32 on a CPU)
+    bandwidth: float
+    memory: float
+    source: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs a byte from which products, not memory, set the bound."""
+        return self.flops / self.bandwidth
+
+
+_TPU = "Google Cloud TPU documentation; jax/_src/pallas/mosaic/tpu_info.py"
+_NVIDIA = "NVIDIA data sheet, without sparsity"
+HARDWARE = {  # the one table; every other number is derived from it
+    "tpu-v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, _TPU),
+    "tpu-v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, _TPU),
+    "tpu-v6e": Chip("TPU v6e", 918e12, 1638e9, 32e9, _TPU),
+    "tpu-7x": Chip("TPU7x", 2307e12, 7380e9, 192 * 2.0**30, _TPU),
+    "t4": Chip("Tesla T4", 65e12, 320e9, 16e9, _NVIDIA),
+    "l4": Chip("NVIDIA L4", 121e12, 300e9, 24e9, _NVIDIA),
+    "l40s": Chip("NVIDIA L40S", 362e12, 864e9, 48e9, _NVIDIA),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 312e12, 2039e9, 80e9, _NVIDIA),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80e9, _NVIDIA),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs, and bytes that must cross main memory."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __rmul__(self, n: float | int) -> "Work":
+        return Work(n * self.flops, n * self.bytes)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte."""
+        return self.flops / self.bytes
+
+    def seconds(self, chip: Chip) -> float:
+        """The roofline: no program that does this work is faster."""
+        return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
+
+    def ceiling(self, chip: Chip) -> float:
+        """The largest MFU that the roofline allows, min(1, intensity / ridge)."""
+        return min(1.0, self.intensity / chip.ridge)
+
+    def mfu(self, seconds: float, chip: Chip) -> float:
+        """Model FLOPs utilization: FLOPs / (seconds x peak)."""
+        return self.flops / (seconds * chip.flops)
+
+    def hbu(self, seconds: float, chip: Chip) -> float:
+        """Bandwidth utilization: bytes / (seconds x bandwidth)."""
+        return self.bytes / (seconds * chip.bandwidth)
+
+
+# --- one SSD layer -------------------------------------------------------------------
+
+_MASK = 6  # FLOPs an entry of L ∘ C Bᵀ: differences, selects, the product; exp is free
+
+
+def recurrent(config: Mamba2Config, b: int, T: int) -> Work:
+    """The recurrence: 5 b T H P N FLOPs; the state is read and written every step."""
+    H, P, N = config.n_heads, config.head_dim, config.d_state
+    state = 8.0 * b * T * H * P * N
+    return Work(5.0 * b * T * H * P * N, state + _inputs(config, b, T))
+
+
+def quadratic(config: Mamba2Config, b: int, T: int, h0: bool = True) -> Work:
+    """The dual form: O(T²) FLOPs, in products with sides T, N and P.
+
+    Scores 2 G N T², mask 6 H T², values 2 H P T², the final state 2 H P N T, and the
+    same once more to read the initial state. Bytes: inputs and outputs, no T x T array.
+    """
+    H, P, N, G = config.n_heads, config.head_dim, config.d_state, config.n_groups
+    pairs = 2.0 * G * N + _MASK * H + 2.0 * H * P
+    state = (4.0 if h0 else 2.0) * H * P * N
+    return Work(b * T * (T * pairs + state), _inputs(config, b, T) + _state(config, b))
+
+
+def chunked(config: Mamba2Config, b: int, T: int) -> Work:
+    """The dual form on each of T/Q chunks, the state handed on: O(T Q) FLOPs."""
+    Q = min(config.chunk_size, T)
+    chunks = -(-T // Q)
+    flops = chunks * quadratic(config, b, Q).flops
+    return Work(flops, _inputs(config, b, T) + _state(config, b))
+
+
+def _inputs(config: Mamba2Config, b: int, T: int) -> float:
+    """Bytes of x, B, C, dt and y in float32."""
+    return 4.0 * b * T * (config.d_xBC + config.n_heads + config.d_inner)
+
+
+def _state(config: Mamba2Config, b: int) -> float:
+    """Bytes of the state, read and written in float32."""
+    return 8.0 * b * config.d_inner * config.d_state
+
+
+# --- the model -----------------------------------------------------------------------
+
+
+def parameters(config: Mamba2Config) -> dict[str, int]:
+    """Number of weights by part; matrices first, then what stays float32."""
+    d, H, layers = config.d_model, config.n_heads, config.n_layers
+    bias = config.proj_bias
+    inner, outer = config.d_inner + config.d_xBC + H, config.d_inner
+    return {
+        "embedding": config.vocab_size * d,
+        "head": 0 if config.tie_embeddings else config.vocab_size * d,
+        "in_proj": layers * (d * inner + bias * inner),
+        "out_proj": layers * (outer * d + bias * d),
+        "conv": layers * config.d_xBC * (config.d_conv + config.conv_bias),
+        "vectors": layers * (d + config.d_inner + 3 * H) + d,
+    }
+
+
+def prefill(config: Mamba2Config, b: int, T: int, itemsize: int = 4) -> Work:
+    """Read T tokens a row: logits of the last one, and the cache.
+
+    FLOPs: projections, convolution, the chunked form, one row of the head. Bytes, a
+    lower bound: every weight once, the cache written; activations stay on the chip.
+    """
+    ssd = chunked(config, b, T).flops
+    return _model(config, b, T, itemsize, config.n_layers * ssd, states=1)
+
+
+def decode(config: Mamba2Config, b: int, itemsize: int = 4) -> Work:
+    """One token a row: about 2 FLOPs a weight; every weight and both states once."""
+    ssd = recurrent(config, b, 1).flops
+    return _model(config, b, 1, itemsize, config.n_layers * ssd, states=2)
+
+
+def _model(config, b, T, itemsize, ssd, states) -> Work:
+    n = parameters(config)
+    head = config.vocab_size * config.d_model
+    matrices = n["in_proj"] + n["out_proj"] + n["conv"]
+    flops = 2.0 * b * T * matrices + 2.0 * b * head + ssd
+    rows = 0 if config.tie_embeddings else b * T * config.d_model
+    weights = itemsize * (matrices + head + rows) + 4.0 * n["vectors"]
+    conv = itemsize * (config.d_conv - 1) * config.d_xBC
+    state = 4.0 * config.d_inner * config.d_state
+    logits = 4.0 * b * config.vocab_size
+    return Work(flops, weights + states * b * config.n_layers * (conv + state) + logits)
+
+
+# --- the processor at hand -----------------------------------------------------------
+
+
+def measure_cpu(seconds: float = 1.0) -> Chip:
+    """Peaks of this CPU as XLA reaches them: the best of many runs, float32.
+
+    The product of two 2,000 x 2,000 matrices, and a sum over 256 MiB. Nothing on this
+    machine can be expected to be faster; other programs running make it slower.
+    """
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        n = 2000
+        square, long = jnp.ones((n, n)), jnp.ones(2**26)
+        product = _best(jax.jit(lambda a: a @ a), square, seconds)
+        read = _best(jax.jit(jnp.sum), long, seconds)
+    return Chip("this CPU", 2.0 * n**3 / product, long.nbytes / read, 0.0, "measured")
+
+
+def _best(fn, x, seconds: float) -> float:
+    fn(x).block_until_ready()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        fn(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return best
