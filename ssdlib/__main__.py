@@ -1,4 +1,4 @@
-"""The command line: `python -m ssdlib generate "The with statement"`; `evaluate`."""
+"""The command line: `python -m ssdlib generate "The with statement"`, and more."""
 
 import argparse
 import sys
