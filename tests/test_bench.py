@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+import time
 from pathlib import Path
 from statistics import median
 
@@ -186,6 +187,23 @@ def test_rounds_interleave_and_drop_the_warm_up():
         bench.rounds({("decode", 1): lambda: -1.0}, 3)
 
 
+def test_a_sample_waits_for_the_device():
+    class Result:
+        def block_until_ready(self):
+            time.sleep(0.05)
+
+    assert bench._seconds(lambda n: (Result(), [Result()]), 1) >= 0.1
+
+
+def test_a_full_device_is_told_in_one_line():
+    with pytest.raises(ValueError, match="lengths: 2 x 8 tokens do not fit the memory"):
+        with bench._explained(2, [4, 8]):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 12 lines of buffers")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        with bench._explained(2, [4, 8]):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
 def test_a_decode_sample_is_free_of_prefill_and_call(monkeypatch):
     monkeypatch.setattr(bench, "_seconds", lambda fn, n: 7.0 + 0.25 * n)
     assert bench._step(None) == 0.25
@@ -255,7 +273,8 @@ def test_errors_come_before_the_work_in_one_line(capsys, monkeypatch, argv, mess
     assert captured.err.count("\n") == 1
 
 
-def test_what_is_only_compiled_is_not_measured(capsys, tmp_path):
+def test_what_is_only_compiled_is_not_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_prepare", None)
     absent = next(
         name
         for name in ("tpu-v6e", "l40s")
