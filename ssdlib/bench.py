@@ -200,9 +200,7 @@ def _compile(what: str, T: int, sizes) -> tuple[jax.stages.Compiled, float]:
     weights, cache = _shapes(*sizes)
     tokens = jax.ShapeDtypeStruct((batch, T), jnp.int32)
     args = weights, config, tokens
-    fn = forward
-    if what == "prefill":
-        fn, args = prefill, (*args, cache)
+    fn, args = (prefill, (*args, cache)) if what == "prefill" else (forward, args)
     start = time.perf_counter()
     program = jax.jit(fn, static_argnums=1).lower(*args).compile()
     return program, time.perf_counter() - start
@@ -237,8 +235,7 @@ def _seconds(fn, *args) -> float:
 
 def _tokens(config, batch, T):
     """Random tokens: time does not depend on them."""
-    random = np.random.default_rng(0)
-    return random.integers(0, config.vocab_size, (batch, T), np.int32)
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, T), np.int32)
 
 
 def _shapes(config, batch, dtype):
