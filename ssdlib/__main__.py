@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     add_generate(commands)
     add_evaluate(commands)
     add_inspect(commands)
+    add_bench(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -242,6 +243,60 @@ def compile_preset(args, config):
     return ssdlib.compile_for(
         fn, params, config, tokens, cache, target=args.target, donate_argnums=3
     )
+
+
+def add_bench(commands) -> None:
+    """Declare the `bench` command."""
+    p = commands.add_parser(
+        "bench",
+        help="measure prefill, cached decode and uncached generation",
+        description="Time a published model on the attached device, print a table and "
+        "write a record of every sample. Weights are random unless --model is given.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    p.add_argument("--model", help='instead: "tiny", a folder, or a hub id')
+    p.add_argument("--what", default="prefill,decode,uncached")
+    p.add_argument("--lengths", default="128,...,4096", help="tokens; ... doubles")
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
+    p.add_argument("--target", help="cpu, tpu-v6e, l40s, ...: an attached device")
+    p.add_argument("--out", help="folder of the record; default: that of the book")
+    p.set_defaults(run=bench)
+
+
+def bench(args) -> None:
+    """Measure what args say, print the table and write the record."""
+    from pathlib import Path
+
+    import jax
+
+    from ssdlib import Mamba2Config, load, record
+    from ssdlib import bench as benchmark
+
+    what, lengths = args.what.split(","), benchmark.doubling(args.lengths)
+    folder = record.writable(args.out)
+    if args.model is None:
+        params, config = None, Mamba2Config.preset(args.preset)
+        name, which = args.preset, f"--preset {args.preset}"
+    else:
+        record.attached(args.target)  # before a long download
+        params, config = load(args.model, jax.numpy.dtype(args.dtype))
+        path = Path(args.model)
+        name = path.name  # a record tells no paths, but the owner of a hub id
+        which = f"--model {name if path.exists() else args.model}"
+    if args.target is not None:
+        which += f" --target {args.target}"
+    command = (
+        f"python -m ssdlib bench {which} --what {args.what} --lengths {args.lengths} "
+        f"--batch {args.batch} --dtype {args.dtype} --repeats {args.repeats}"
+    )
+    options = {k: getattr(args, k) for k in ("batch", "dtype", "repeats", "target")}
+    options |= dict(params=params, name=name, command=command)
+    result = benchmark.bench(config, what, lengths, **options)
+    print(record.table(result))
+    print(f"\nwritten: {record.save(result, folder)}")
 
 
 if __name__ == "__main__":

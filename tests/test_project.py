@@ -33,6 +33,8 @@ ORDER = [  # a module imports only from those above it
     "hlo_ops",
     "hlo_view",
     "hlo",
+    "record",
+    "bench",
     "notebook",
     "__init__",
     "__main__",

@@ -1,0 +1,300 @@
+"""Honest timing of prefill, cached decode and uncached generation.
+
+    seconds = median over rounds;  a round times every row once, forth or back in turn
+
+Compilation and one warm-up round come before the first sample, and every sample waits
+for the device. `prefill` reads T tokens into a cache. `decode` is the loop of
+`generate` after T tokens: the time of 64 tokens less that of 1, divided by 63, so that
+its prefill and what a call costs cancel. `uncached` makes one token by `forward` over
+all T. Only what ran on an attached device gets a record: see `record`.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ssdlib import record, roofline
+from ssdlib.config import Mamba2Config
+from ssdlib.generate import generate
+from ssdlib.hlo_view import count
+from ssdlib.model import Params, forward, init_cache, init_params, prefill
+from ssdlib.roofline import HARDWARE, Chip, Work
+
+__all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "work"]
+
+WHAT = ("prefill", "decode", "uncached")
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+LOOP = 64  # tokens of a decode sample, less one
+PIECE = 128  # tokens read at a time before a decode sample
+
+Key = tuple[str, int]  # what and length: one row of the table
+
+
+@dataclass(frozen=True)
+class Program:
+    """One row of the table, ready to run, and what its compilation told."""
+
+    sample: Callable[[], float]  # seconds of one pass, or of one step of the loop
+    compile_seconds: float
+    temp: int | None = None  # bytes beside arguments and results
+
+
+def bench(
+    config: Mamba2Config,
+    what: Sequence[str] = WHAT,
+    lengths: Sequence[int] = LENGTHS,
+    *,
+    batch: int = 1,
+    dtype: str = "float32",
+    repeats: int = 5,
+    target: str | None = None,
+    params: Params | None = None,
+    name: str = "custom",
+    command: str = "",
+) -> dict:
+    """Measure, and return a record: `record.save` writes it, `record.table` shows it.
+
+    `params` None means random weights: time does not depend on their values. `target`
+    names an attached chip, None the first device. Costs repeats + 1 times the sum of
+    all rows, and their compilation.
+
+    Raises ValueError for arguments out of range, for a target that is not attached,
+    and, before anything is allocated, for sizes that do not fit the memory.
+    """
+    _check(what, lengths, batch, dtype, repeats)
+    device = record.attached(target)
+    keys = [(w, T) for T in sorted({*lengths}) for w in WHAT if w in what]
+    sizes = config, batch, dtype
+    facts = {
+        **record.provenance(device),
+        "command": command,
+        "model": record.model(config, name, params is not None),
+        "batch": batch,
+        "dtype": dtype,
+        "precision": jax.config.jax_default_matmul_precision or "default",
+        "repeats": repeats,
+    }
+    with jax.default_device(device), _explained(batch, lengths):
+        load = record.load_average()
+        programs, memory = _prepare(keys, sizes, params, device)
+        peak = _peak(device)
+        seconds = rounds({key: p.sample for key, p in programs.items()}, repeats)
+        peak = _peak(device, peak)
+    facts["load"] = {"before": load, "after": record.load_average()}
+    facts["memory"] = memory | {"peak": record.peak_memory(device)}
+    facts["peak"] = None if peak is None else asdict(peak)
+    facts["rows"] = [
+        record.row(key, batch, programs[key], seconds[key], work(key, *sizes), peak)
+        for key in keys
+    ]
+    return record.rounded(facts | {"speedups": record.speedups(seconds)})
+
+
+def doubling(text: str) -> list[int]:
+    """Lengths between commas; "128,...,4096" doubles. ValueError for anything else."""
+    if ends := re.fullmatch(r"(\d+),\.\.\.,(\d+)", text):
+        first, last = int(ends[1]), int(ends[2])
+        if 0 < first <= last:
+            octaves = range((last // first).bit_length())
+            return [*(first << i for i in octaves), last]
+    elif re.fullmatch(r"\d+(,\d+)*", text):
+        return [int(n) for n in text.split(",")]
+    raise ValueError(f"lengths: {text!r}; it must be like 128,512 or 128,...,4096")
+
+
+def rounds(
+    samplers: dict[Key, Callable[[], float]], repeats: int
+) -> dict[Key, list[float]]:
+    """Call each once to warm up, then `repeats` times in turn, every other turn back.
+
+    A drift of the machine's speed thus meets all rows alike.
+    """
+    seconds = {key: [] for key in samplers}
+    with _bar((repeats + 1) * len(samplers), "run") as progress:
+        for i in range(repeats + 1):
+            for what, T in list(samplers)[:: -1 if i % 2 else 1]:
+                progress.set_postfix_str(f"{what} {T}")
+                sample = samplers[what, T]()
+                if sample <= 0:  # of a difference
+                    raise ValueError(
+                        f"what: {what} at {T} tokens takes less than the noise of this "
+                        "machine; run nothing beside it, or take a larger model"
+                    )
+                if i:
+                    seconds[what, T].append(sample)
+                progress.update()
+    return seconds
+
+
+def work(key: Key, config: Mamba2Config, batch: int, dtype: str = "float32") -> Work:
+    """FLOPs and least bytes of one sample; `forward` runs the head on every token."""
+    (what, T), itemsize = key, jnp.dtype(dtype).itemsize
+    if what == "decode":
+        return roofline.decode(config, batch, itemsize)
+    read = roofline.prefill(config, batch, T, itemsize)
+    if what == "prefill":
+        return read
+    logits = batch * (T - 1) * config.vocab_size
+    cache = _nbytes(_shapes(config, batch, dtype)[1])
+    return read + Work(2.0 * logits * config.d_model, 4.0 * logits - cache)
+
+
+def _peak(device: jax.Device, before: Chip | None = None) -> Chip | None:
+    """The chip's published peaks; a CPU's are measured, the best of two times."""
+    if device.platform != "cpu":
+        return HARDWARE.get(record.chip_name(device))
+    now = roofline.measure_cpu()
+    if before is not None:
+        flops = max(now.flops, before.flops)
+        now = replace(now, flops=flops, bandwidth=max(now.bandwidth, before.bandwidth))
+    return now
+
+
+# --- from sizes to programs that are ready to run ------------------------------------
+
+
+def _prepare(keys, sizes, params, device) -> tuple[dict[Key, Program], dict]:
+    """Check that all fits, compile, and only then allocate."""
+    config, batch, dtype = sizes
+    free = record.free_memory(device)
+    weights, cache = _shapes(*sizes)
+    memory = {"weights": _nbytes(weights), "cache": _nbytes(cache), "free": free}
+    held = memory["weights"] * (params is None)
+    held += memory["cache"] * (2 + sum(w == "decode" for w, _ in keys))
+    for what, T in keys:  # the logits of a pass are sure, the rest the compiler knows
+        logits = 4 * batch * config.vocab_size * (T if what == "uncached" else 1)
+        _check_memory(held + logits, free, device, what, T, batch)
+    compiled = {}
+    passes = [key for key in keys if key[0] != "decode"]
+    with _bar(len(passes), "compile") as progress:
+        for what, T in passes:
+            program, seconds = _compile(what, T, sizes)
+            stats = program.memory_analysis()
+            temp, out = stats.temp_size_in_bytes, stats.output_size_in_bytes
+            _check_memory(held + temp + out, free, device, what, T, batch)
+            compiled[what, T] = program, seconds, temp
+            progress.update()
+    if params is None:
+        params = init_params(config, jax.random.key(0), jnp.dtype(dtype))
+    params = jax.device_put(params, device)
+    cache = init_cache(config, batch, jnp.dtype(dtype))
+    programs = {}
+    for (what, T), (program, *known) in compiled.items():
+        tokens = jnp.asarray(_tokens(config, batch, T))
+        args = (params, tokens, cache)[: 3 if what == "prefill" else 2]
+        programs[what, T] = Program(partial(_seconds, program, *args), *known)
+    return programs | _decoders(keys, params, config, cache, batch), memory
+
+
+def _compile(what: str, T: int, sizes) -> tuple[jax.stages.Compiled, float]:
+    """(program, seconds in the compiler), from shapes alone."""
+    config, batch, _ = sizes
+    weights, cache = _shapes(*sizes)
+    tokens = jax.ShapeDtypeStruct((batch, T), jnp.int32)
+    args = weights, config, tokens
+    fn, args = (prefill, (*args, cache)) if what == "prefill" else (forward, args)
+    start = time.perf_counter()
+    program = jax.jit(fn, static_argnums=1).lower(*args).compile()
+    return program, time.perf_counter() - start
+
+
+def _decoders(keys, params, config, cache, batch) -> dict[Key, Program]:
+    """A program for each length to decode after, with a cache that has read it."""
+    programs, read = {}, 0
+    lengths = [T for what, T in keys if what == "decode"]
+    tokens = _tokens(config, batch, max(lengths, default=0))
+    for T in lengths:
+        while read < T:
+            piece = tokens[:, read : min(read + PIECE, T)]
+            _, cache = prefill(params, config, piece, cache)
+            read += piece.shape[1]
+        run = partial(generate, params, config, tokens[:, -1:], cache=cache)
+        first, again, _ = _seconds(run, LOOP), _seconds(run, LOOP), _seconds(run, 1)
+        programs["decode", T] = Program(partial(_step, run), max(0.0, first - again))
+    return programs
+
+
+def _step(run) -> float:
+    """Seconds of one step of the loop."""
+    return (_seconds(run, LOOP) - _seconds(run, 1)) / (LOOP - 1)
+
+
+def _seconds(fn, *args) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    return time.perf_counter() - start
+
+
+def _tokens(config, batch, T):
+    """Random tokens: time does not depend on them."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, T), np.int32)
+
+
+def _shapes(config, batch, dtype):
+    """(weights, cache) without their values."""
+    dtype = jnp.dtype(dtype)
+    return jax.eval_shape(
+        lambda: (
+            init_params(config, jax.random.key(0), dtype),
+            init_cache(config, batch, dtype),
+        )
+    )
+
+
+def _nbytes(tree) -> int:
+    return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+# --- checks --------------------------------------------------------------------------
+
+
+def _check(what, lengths, batch, dtype, repeats) -> None:
+    """Raise ValueError for arguments that make no sense."""
+    for name, values in (("what", what), ("lengths", lengths)):
+        if isinstance(values, str) or not values:
+            raise ValueError(f"{name}: {values!r}; it must be a list of at least one")
+    for w in what:
+        if w not in WHAT:
+            raise ValueError(f"what: {w!r}; it must be of {', '.join(WHAT)}")
+    least = [("lengths", T, 1) for T in lengths]
+    for name, n, low in [*least, ("batch", batch, 1), ("repeats", repeats, 3)]:
+        if isinstance(n, bool) or not isinstance(n, int) or n < low:
+            raise ValueError(f"{name}: {n!r}; it must be an integer of at least {low}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype: {dtype!r}; it must be float32 or bfloat16")
+
+
+def _check_memory(need, free, device, what, T, batch) -> None:
+    """Raise ValueError if need is more than is free, where that is known."""
+    if free is not None and need > free:
+        raise ValueError(
+            f"lengths: {what} of {batch} x {T} tokens needs {count(need, 'B')} at "
+            f"least, and {device.device_kind} has {count(free, 'B')} free; take a "
+            "smaller preset, batch or length"
+        )
+
+
+@contextlib.contextmanager
+def _explained(batch, lengths):
+    """Say in one line what a compiler or an allocator says in hundreds."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"lengths: {batch} x {max(lengths)} tokens do not fit the memory of this "
+            "device; take a smaller preset, batch or length"
+        ) from error
+
+
+def _bar(total: int, name: str) -> tqdm:
+    return tqdm(total=total, desc=name, unit="", leave=False, disable=None)

@@ -1,0 +1,282 @@
+"""Records of measurements: where a number comes from, written next to the number.
+
+A record is JSON; book/results/runs/schema.json says what each field means, and a test
+checks every record against it.
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import jax
+import jaxlib
+
+from ssdlib import roofline
+from ssdlib.config import Mamba2Config
+from ssdlib.hlo import RECORDS
+from ssdlib.hlo_view import Table, count
+from ssdlib.roofline import Work
+from ssdlib.targets import TARGETS
+
+__all__ = [
+    "RUNS",
+    "attached",
+    "chip_name",
+    "free_memory",
+    "load_average",
+    "model",
+    "peak_memory",
+    "provenance",
+    "rounded",
+    "row",
+    "save",
+    "speedups",
+    "table",
+    "writable",
+]
+
+RUNS = RECORDS / "runs"
+_ROOT = Path(__file__).parent.parent
+
+
+def provenance(device: jax.Device) -> dict:
+    """Date, commit, versions and device, without a path or the name of the host."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "origin": "measured",
+        "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _commit(),
+        "versions": _versions(),
+        "device": {
+            "name": chip_name(device),
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": len(jax.devices(device.platform)),
+            "used": 1,
+            "host": _proc("/proc/cpuinfo", "model name") or platform.machine(),
+            "cores": _cores(),
+        },
+    }
+
+
+def attached(target: str | None = None) -> jax.Device:
+    """The device to run on. A chip that is only compiled for cannot be measured.
+
+    Raises ValueError if no such chip is attached, naming the command that compiles.
+    """
+    if target is None:
+        return jax.devices()[0]
+    if target not in TARGETS:
+        raise ValueError(f"target: {target!r}; it must be one of {', '.join(TARGETS)}")
+    for device in jax.devices() if target != "cpu" else jax.devices("cpu"):
+        if chip_name(device) == target:
+            return device
+    raise ValueError(
+        f"target: {target} is not attached, and what its compiler says is no "
+        f"measurement; python -m ssdlib inspect --target {target} shows that"
+    )
+
+
+def chip_name(device: jax.Device) -> str:
+    """The name of this chip in `TARGETS`, else its kind in small letters."""
+    for name, spec in TARGETS.items():
+        if device.device_kind in spec.kinds:
+            return name
+    return re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
+
+
+def load_average() -> float | None:
+    """Programs that ran or waited in the last minute, this one included."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that a program may still take; None where nobody tells."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def peak_memory(device: jax.Device) -> int | None:
+    """The most bytes that this process has held at a time; None where nobody tells."""
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return _kilobytes("/proc/self/status", "VmHWM")
+
+
+def model(config: Mamba2Config, name: str, trained: bool) -> dict:
+    """What was run: its name, sizes, and whether its weights mean something."""
+    sizes = asdict(config)
+    sizes.pop("time_step_limit")  # infinite: JSON has no word for it
+    return {
+        "name": name,
+        "weights": "trained" if trained else "random",
+        "parameters": sum(roofline.parameters(config).values()),
+        "sizes": sizes,
+    }
+
+
+def row(key, batch: int, program, seconds: list[float], work: Work, chip) -> dict:
+    """One row from its samples; MFU and HBU are None for a chip of unknown peaks."""
+    (what, T), t = key, median(seconds)
+    tokens = T if what == "prefill" else 1  # that a sample brings each row of the batch
+    return {
+        "what": what,
+        "length": T,
+        "shape": [batch, 1 if what == "decode" else T],
+        "seconds": _spread(seconds),
+        "samples": seconds,
+        "compile_seconds": program.compile_seconds,
+        "temp": program.temp,
+        "tokens_per_second": batch * tokens / t,
+        "ms_per_token": 1e3 * t / tokens,
+        "tflops": work.flops / t / 1e12,
+        "mfu": None if chip is None else work.mfu(t, chip),
+        "hbu": None if chip is None else work.hbu(t, chip),
+    }
+
+
+def speedups(seconds: dict[tuple[str, int], list[float]]) -> list[dict]:
+    """Uncached over cached time of a token, round by round, where both are there."""
+    return [
+        {
+            "length": T,
+            "ratio": _spread([a / b for a, b in zip(slow, fast, strict=True)]),
+        }
+        for (what, T), slow in seconds.items()
+        if what == "uncached" and (fast := seconds.get(("decode", T)))
+    ]
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "lowest": min(values), "highest": max(values)}
+
+
+def rounded(value):
+    """The same with five digits of every number that is not whole."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def writable(folder: str | Path | None = None) -> Path:
+    """The folder for records, made if need be: an OSError comes before the work."""
+    folder = RUNS if folder is None else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"out: {folder} cannot be written to")
+    return folder
+
+
+def save(record: dict, folder: str | Path | None = None) -> Path:
+    """Write the record as <chip>-<model>-<dtype>-<time>.json and return its path."""
+    stamp = re.sub(r"[-:]|T(?=\d)", lambda m: "-" * (m[0] == "T"), record["date"])
+    names = record["device"]["name"], record["model"]["name"], record["dtype"]
+    path = writable(folder) / f"{'-'.join(names)}-{stamp.rstrip('Z')}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def table(record: dict) -> Table:
+    """The rows of a record, and below them what they depend on."""
+    header = ["what", "tokens", "ms/token", "lowest", "highest", "tokens/s"]
+    header += ["TFLOPS", "MFU", "HBU", "compile s"]
+    rows = []
+    for row in record["rows"]:
+        one = row["ms_per_token"] / row["seconds"]["median"]
+        cells = [row["what"], row["length"], f"{row['ms_per_token']:.4g}"]
+        cells += [f"{one * row['seconds'][k]:.4g}" for k in ("lowest", "highest")]
+        cells += [f"{row['tokens_per_second']:.4g}", f"{row['tflops']:.3g}"]
+        for use in (row["mfu"], row["hbu"]):
+            cells += ["-" if use is None else f"{100 * use:.3g}%"]
+        rows += [[*cells, f"{row['compile_seconds']:.1f}"]]
+    return Table(header, rows, _caption(record))
+
+
+def _caption(record: dict) -> str:
+    device, peak, memory = record["device"], record["peak"], record["memory"]
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    lines = [
+        f"{record['model']['name']}, {record['dtype']}, batch {record['batch']}, "
+        f"median of {record['repeats']}, measured on {device['kind']} "
+        f"({device['host']}, {device['cores']} cores) with {versions}."
+    ]
+    if peak:
+        lines += [
+            f"MFU and HBU of {peak['flops'] / 1e12:.3g} TFLOPS and "
+            f"{peak['bandwidth'] / 1e9:.4g} GB/s ({peak['source']})."
+        ]
+    lines += [", ".join(f"{k} {count(v, 'B')}" for k, v in memory.items()) + "."]
+    for s in record["speedups"]:
+        r = s["ratio"]
+        lines += [
+            f"Cached decode at {s['length']} tokens: {r['median']:.3g} times as fast "
+            f"as uncached ({r['lowest']:.3g} to {r['highest']:.3g})."
+        ]
+    load = record["load"]["before"]
+    if load is not None and load > 0.5:
+        lines += [f"Not a quiet machine: its load was {load} before the start."]
+    return "\n".join(lines)
+
+
+def _commit() -> str | None:
+    """Of the checkout this runs from (+ if changed), or that pip installed; or None."""
+    if (_ROOT / ".git").exists():
+        git = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12"]
+        options = ["--exclude=*", "--dirty=+"]
+        try:
+            done = subprocess.run([*git, *options], capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() or None
+    try:
+        url = metadata.distribution("ssdlib").read_text("direct_url.json") or "{}"
+    except metadata.PackageNotFoundError:
+        return None
+    return json.loads(url).get("vcs_info", {}).get("commit_id")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    found |= {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    for name in ("ssdlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _kilobytes(file: str, key: str) -> int | None:
+    value = _proc(file, key)
+    return None if value is None else 1024 * int(value.split()[0])
+
+
+def _proc(file: str, key: str) -> str | None:
+    """The value of the first line `key : value`; None if there is none."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None
