@@ -283,17 +283,15 @@ def bench(args) -> None:
     else:
         record.attached(args.target)  # before a long download
         params, config = load(args.model, jax.numpy.dtype(args.dtype))
-        path = Path(args.model)
-        name = path.name  # a record tells no paths, but the owner of a hub id
+        path = Path(args.model)  # a record tells no paths, but the owner of a hub id
+        name = path.resolve().name
         which = f"--model {name if path.exists() else args.model}"
     if args.target is not None:
         which += f" --target {args.target}"
-    command = (
-        f"python -m ssdlib bench {which} --what {args.what} --lengths {args.lengths} "
-        f"--batch {args.batch} --dtype {args.dtype} --repeats {args.repeats}"
-    )
-    options = {k: getattr(args, k) for k in ("batch", "dtype", "repeats", "target")}
-    options |= dict(params=params, name=name, command=command)
+    options = {k: getattr(args, k) for k in ("batch", "dtype", "repeats")}
+    command = f"python -m ssdlib bench {which} --what {args.what} --lengths "
+    command += " ".join([args.lengths, *(f"--{k} {v}" for k, v in options.items())])
+    options |= dict(target=args.target, params=params, name=name, command=command)
     result = benchmark.bench(config, what, lengths, **options)
     print(record.table(result))
     print(f"\nwritten: {record.save(result, folder)}")
