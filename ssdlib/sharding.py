@@ -1,0 +1,195 @@
+"""Mamba-2 over a mesh of devices: what each of them holds.
+
+A mesh has three axes, and any of them may be 1. `data` splits the batch, `model` splits
+heads with their groups and projections, `seq` the tokens of a prefill. `parallel`
+is the program that runs on it.
+
+Split by heads, the rows of W_xBC are a mixture: x goes by head, B and C by group. Here
+device i of `model` holds its own [x_i; B_i; C_i] one below the other, and with them its
+channels of the convolution, so that no activation is moved to where its head is. With
+fewer groups than devices, a group's B and C are held and computed by each device that
+has heads of it. Names and the order of axes are those of `model`.
+Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (arXiv
+1909.08053), section 3, for the split of the projections.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as S
+
+from ssdlib.config import Mamba2Config
+from ssdlib.model import Cache, Params
+from ssdlib.recurrence import accumulator
+from ssdlib.weights import open_slices
+
+__all__ = ["init_cache", "load", "make_mesh", "shard"]
+
+
+def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh:
+    """A mesh with the axes (data, seq, model); `devices` may be those of a topology.
+
+    `model` comes last: its neighbors, which talk most, are nearest to each other.
+    """
+    return jax.make_mesh(
+        (data, seq, model),
+        ("data", "seq", "model"),
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+# --- what each device holds ----------------------------------------------------------
+
+AXIS = {"out": 1, "norm": None, "out_bias": None}  # which axis is split; else axis 0
+
+
+def local_config(config: Mamba2Config, mesh: Mesh) -> Mamba2Config:
+    """The smaller model that one device of `model` runs: H/n heads, G/n groups or 1.
+
+    Raises ValueError if n does not divide the heads, or neither of n and G the other.
+    """
+    n, H, G = mesh.shape["model"], config.n_heads, config.n_groups
+    if H % n or (G % n and n % G):
+        raise ValueError(
+            f"mesh: model = {n}; it must divide n_heads = {H}, and n_groups = {G} or "
+            "be a multiple of it"
+        )
+    return replace(config, n_heads=H // n, n_groups=max(G // n, 1))
+
+
+def _rows(config: Mamba2Config, mesh: Mesh, key: str, i: int) -> list[tuple[int, int]]:
+    """The rows (columns of `out`) of a parameter that device i of `model` holds."""
+    n, H, N, V = mesh.shape["model"], config.n_heads, config.d_state, config.vocab_size
+    if key in ("embedding", "head"):
+        v = -(-V // n)  # the last devices are filled up with zeros
+        return [(min(i * v, V), min((i + 1) * v, V))]
+    heads = H // n if key in ("dt", "dt_proj_bias", "dt_bias", "A_log", "D") else (
+        config.d_inner // n
+    )  # fmt: skip
+    rows = [(i * heads, (i + 1) * heads)]
+    if key in ("xBC", "xBC_bias", "conv", "conv_bias"):
+        first, width = i * config.n_groups // n, local_config(config, mesh).n_groups
+        for start in (config.d_inner, config.d_inner + config.n_groups * N):  # B, C
+            rows.append((start + first * N, start + (first + width) * N))
+    return rows
+
+
+def spec(key: str) -> S:
+    return {0: S("model"), 1: S(None, "model"), None: S()}[AXIS.get(key, 0)]
+
+
+def map_params(fn, params: Params) -> Params:
+    """fn(layer or None, key, value) for every parameter."""
+    layers = tuple(
+        {k: fn(i, k, v) for k, v in layer.items()}
+        for i, layer in enumerate(params["layers"])
+    )
+    return {k: fn(None, k, v) for k, v in params.items() if k != "layers"} | {
+        "layers": layers
+    }
+
+
+def _place(config, mesh, key, value, read):
+    """One parameter as a global array of which this process makes its own shards.
+
+    `read(index)` returns the part of the parameter that a tuple of slices selects;
+    `value` gives shape and dtype. A ShapeDtypeStruct stays one, sharding added.
+    """
+    axis, shape = AXIS.get(key, 0), list(value.shape)
+    sharding = NamedSharding(mesh, spec(key))
+    if axis is not None:
+        if key in ("embedding", "head"):
+            size = -(-config.vocab_size // mesh.shape["model"])
+        else:
+            size = sum(b - a for a, b in _rows(config, mesh, key, 0))
+        shape[axis] = size * mesh.shape["model"]
+    if isinstance(value, jax.ShapeDtypeStruct) and read is None:
+        return jax.ShapeDtypeStruct(shape, value.dtype, sharding=sharding)
+
+    parts: dict = {}  # devices that differ in `data` or `seq` hold the same part
+
+    def part(index):
+        i = 0 if axis is None else (index[axis].start or 0) // size
+        if i not in parts:
+            rows = [(0, shape[0])] if axis is None else _rows(config, mesh, key, i)
+            before = (slice(None),) * (axis or 0)
+            pieces = [read((*before, slice(a, b))) for a, b in rows]
+            parts[i] = np.concatenate(pieces, axis or 0)
+            if axis == 0 and len(parts[i]) < size:
+                pad = [(0, size - len(parts[i]))] + [(0, 0)] * (len(shape) - 1)
+                parts[i] = np.pad(parts[i], pad)
+        return parts[i]
+
+    return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def shard(params: Params, config: Mamba2Config, mesh: Mesh) -> Params:
+    """Lay out parameters over a mesh, as `prefill` and `decode_step` here want them.
+
+    Works on arrays that each process has whole, and on `ShapeDtypeStruct`s: those gain
+    a sharding and can be compiled for a mesh of absent devices. Raises ValueError if
+    the mesh does not fit the model.
+    """
+    local_config(config, mesh)
+
+    def place(_, key, value):
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return _place(config, mesh, key, value, None)
+        return _place(config, mesh, key, value, np.asarray(value).__getitem__)
+
+    return map_params(place, params)
+
+
+def load(
+    source, mesh: Mesh, dtype=jnp.float32, revision: str | None = None
+) -> tuple[Params, Mamba2Config]:
+    """`ssdlib.load` onto a mesh: each process reads the slices of its own devices.
+
+    A process never holds more than its shards and one slice. Needs safetensors. Names
+    and shapes are checked as in `ssdlib.load`; values only where they are read.
+    Raises ValueError and OSError as there, and ValueError if the mesh does not fit.
+    """
+    config, parts = open_slices(source, dtype, revision)
+    local_config(config, mesh)
+    params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
+    for (layer, key), (value, read) in parts.items():
+        place = params if layer is None else params["layers"][layer]
+        place[key] = _place(config, mesh, key, value, read)
+    return params, config
+
+
+def cache_spec(config: Mamba2Config) -> Cache:
+    """How a cache is split: rows over `data`, channels and heads over `model`."""
+    conv, h = S("data", None, "model"), S("data", "model")
+    return Cache(conv=(conv,) * config.n_layers, h=(h,) * config.n_layers)
+
+
+def init_cache(
+    config: Mamba2Config, mesh: Mesh, batch_size: int, dtype=jnp.float32
+) -> Cache:
+    """`ssdlib.init_cache` over a mesh. Channels of conv lie as the rows of xBC do."""
+    check_batch(mesh, batch_size)
+    shardings = jax.tree.map(partial(NamedSharding, mesh), cache_spec(config))
+    return jax.jit(
+        partial(_zeros, config, mesh, batch_size, dtype), out_shardings=shardings
+    )()
+
+
+def _zeros(config, mesh, b, dtype) -> Cache:
+    local, n = local_config(config, mesh), mesh.shape["model"]
+    conv = jnp.zeros((b, config.d_conv - 1, n * local.d_xBC), dtype)
+    h = (b, config.n_heads, config.head_dim, config.d_state)
+    h = jnp.zeros(h, accumulator(conv))
+    return Cache(conv=(conv,) * config.n_layers, h=(h,) * config.n_layers)
+
+
+def check_batch(mesh, b) -> None:
+    if b < 1 or b % mesh.shape["data"]:
+        raise ValueError(
+            f"mesh: data = {mesh.shape['data']}; it must divide the batch size {b}"
+        )
