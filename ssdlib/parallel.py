@@ -13,7 +13,6 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 8; Hillis and Steele 1986, "
 parallel algorithms" (CACM 29:12), for the combination in log₂ n rounds.
 """
 
-from collections import Counter
 from functools import partial
 
 import jax
@@ -22,11 +21,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as S
 from jaxtyping import Array, Float, Int
 
-from ssdlib import hlo_text
 from ssdlib._checks import check_integers, check_range, check_tokens
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
-from ssdlib.model import ArrayLike, Cache, Params, _causal_conv, _linear, rms_norm
+from ssdlib.model import (
+    ArrayLike,
+    Cache,
+    Params,
+    _causal_conv,
+    _linear,
+    rms_norm,
+)
 from ssdlib.recurrence import accumulator, merge_heads, split_heads, ssd_step
 from ssdlib.sharding import (
     cache_spec,
@@ -37,7 +42,7 @@ from ssdlib.sharding import (
     spec,
 )
 
-__all__ = ["collectives", "decode_step", "prefill", "ssd_segment", "traffic"]
+__all__ = ["decode_step", "prefill", "ssd_segment"]
 
 # --- the public functions ------------------------------------------------------------
 
@@ -64,7 +69,7 @@ def prefill(
     if lengths is None:
         lengths = jnp.full(b, T, jnp.int32)
     tokens = jnp.pad(
-        jnp.asarray(tokens), [(0, 0), (0, seq * _segment(config, T, seq) - T)]
+        jnp.asarray(tokens), [(0, 0), (0, seq * segment(config, T, seq) - T)]
     )
     return _run(params, config, mesh, tokens, cache, lengths, seq > 1)
 
@@ -237,66 +242,6 @@ def _from_owner(v, left, T, split):
     return jax.lax.psum(jnp.where(owner, v, 0), "seq")
 
 
-# --- what is sent -------------------------------------------------------------------
-
-
-def traffic(
-    config: Mamba2Config, mesh: Mesh, b: int, T: int, itemsize: int = 4
-) -> dict[str, int]:
-    """Bytes that one device puts into collectives, by kind, for `prefill` of (b, T).
-
-    On `model`, all-reduce: the embedding and one residual a layer, 4 b T d_model each;
-    with fewer groups than devices, all-gather: 4 b T a layer. On `seq`, for each layer,
-    permute: ⌈log₂ n⌉ pairs of b H (P N + 1) numbers, one state and K rows of the
-    convolution; all-reduce: the final state and those rows, and once the last token.
-    b, T, H and the channels are those of one device. T = 1 is `decode_step`. This is
-    the payload: a ring all-reduce sends 2 (n - 1)/n times as much over its links.
-    """
-    local, seq = local_config(config, mesh), mesh.shape["seq"]
-    model, L, d = mesh.shape["model"], config.n_layers, config.d_model
-    split = seq > 1 and T > 1
-    b, T = b // mesh.shape["data"], _segment(config, T, seq) if split else T
-    sent: Counter = Counter()
-    if model > 1:
-        sent["all-reduce"] += 4 * b * T * d * (L + 1)
-    if model > config.n_groups:
-        sent["all-gather"] += 4 * b * T * L
-    if split:
-        state = 4 * b * local.n_heads * config.head_dim * config.d_state
-        conv = itemsize * b * (config.d_conv - 1) * local.d_xBC
-        rounds = (seq - 1).bit_length()
-        pairs = rounds * (state + 4 * b * local.n_heads)
-        sent["collective-permute"] += L * (pairs + state + conv)
-        sent["all-reduce"] += L * (state + conv) + 4 * b * d
-    return dict(sent)
-
-
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "all-to-all",
-    "collective-permute",
-    "reduce-scatter",
-)
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Kind -> (how many, bytes that one device puts in), from a compiled program.
-
-    Counts each instruction once: there is none inside a loop in this module's programs.
-    """
-    found: dict = {}
-    for computation in hlo_text.parse(text).computations.values():
-        lines = computation.instructions
-        for i in lines.values():
-            kind = i.opcode.removesuffix("-start")
-            if kind in KINDS:
-                sizes = (s.nbytes for name in i.operands for s in lines[name].shapes)
-                n, total = found.get(kind, (0, 0))
-                found[kind] = n + 1, total + int(sum(sizes))
-    return found
-
-
-def _segment(config, T, seq) -> int:
+def segment(config, T, seq) -> int:
     """Tokens a device; never fewer than the convolution looks back."""
     return T if seq == 1 else max(-(-T // seq), config.d_conv - 1)

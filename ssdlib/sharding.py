@@ -14,7 +14,6 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (ar
 """
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
+from ssdlib import model
 from ssdlib.config import Mamba2Config
 from ssdlib.model import Cache, Params
-from ssdlib.recurrence import accumulator
 from ssdlib.weights import open_slices
 
 __all__ = ["init_cache", "load", "make_mesh", "shard"]
@@ -100,7 +99,7 @@ def _place(config, mesh, key, value, read):
     `read(index)` returns the part of the parameter that a tuple of slices selects;
     `value` gives shape and dtype. A ShapeDtypeStruct stays one, sharding added.
     """
-    axis, shape = AXIS.get(key, 0), list(value.shape)
+    axis, shape, size = AXIS.get(key, 0), list(value.shape), value.shape[0]
     sharding = NamedSharding(mesh, spec(key))
     if axis is not None:
         if key in ("embedding", "head"):
@@ -118,11 +117,10 @@ def _place(config, mesh, key, value, read):
         if i not in parts:
             rows = [(0, shape[0])] if axis is None else _rows(config, mesh, key, i)
             before = (slice(None),) * (axis or 0)
-            pieces = [read((*before, slice(a, b))) for a, b in rows]
+            pieces = [read((*before, slice(a, b))) for a, b in rows if a < b]
+            if (rest := size - sum(b - a for a, b in rows)) and axis is not None:
+                pieces.append(np.zeros((rest, *shape[1:]), value.dtype))
             parts[i] = np.concatenate(pieces, axis or 0)
-            if axis == 0 and len(parts[i]) < size:
-                pad = [(0, size - len(parts[i]))] + [(0, 0)] * (len(shape) - 1)
-                parts[i] = np.pad(parts[i], pad)
         return parts[i]
 
     return jax.make_array_from_callback(tuple(shape), sharding, part)
@@ -172,20 +170,31 @@ def cache_spec(config: Mamba2Config) -> Cache:
 def init_cache(
     config: Mamba2Config, mesh: Mesh, batch_size: int, dtype=jnp.float32
 ) -> Cache:
-    """`ssdlib.init_cache` over a mesh. Channels of conv lie as the rows of xBC do."""
+    """`ssdlib.init_cache` over a mesh. Channels of conv lie as the rows of xBC do.
+
+    Raises ValueError if `data` does not divide the batch size.
+    """
+    shapes = cache_shapes(config, mesh, batch_size, dtype)
+    shardings = jax.tree.map(lambda v: v.sharding, shapes)
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes),
+        out_shardings=shardings,
+    )
+    return zeros()
+
+
+def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
+    """`init_cache` as `ShapeDtypeStruct`s, to compile with."""
     check_batch(mesh, batch_size)
-    shardings = jax.tree.map(partial(NamedSharding, mesh), cache_spec(config))
-    return jax.jit(
-        partial(_zeros, config, mesh, batch_size, dtype), out_shardings=shardings
-    )()
-
-
-def _zeros(config, mesh, b, dtype) -> Cache:
     local, n = local_config(config, mesh), mesh.shape["model"]
-    conv = jnp.zeros((b, config.d_conv - 1, n * local.d_xBC), dtype)
-    h = (b, config.n_heads, config.head_dim, config.d_state)
-    h = jnp.zeros(h, accumulator(conv))
-    return Cache(conv=(conv,) * config.n_layers, h=(h,) * config.n_layers)
+    cache = jax.eval_shape(lambda: model.init_cache(config, batch_size, dtype))
+
+    def struct(v, spec):
+        shape = v.shape if v.ndim == 4 else (*v.shape[:2], n * local.d_xBC)
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, v.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, cache, cache_spec(config))
 
 
 def check_batch(mesh, b) -> None:
