@@ -36,6 +36,8 @@ from ssdlib.recurrence import accumulator, merge_heads, split_heads, ssd_step
 from ssdlib.sharding import (
     cache_spec,
     check_batch,
+    check_cache,
+    check_params,
     init_cache,
     local_config,
     map_params,
@@ -64,8 +66,10 @@ def prefill(
     check_tokens(tokens, config.vocab_size, lengths)
     (b, T), seq = tokens.shape, mesh.shape["seq"]
     check_batch(mesh, b)
+    check_params(mesh, params)
     if cache is None:
         cache = init_cache(config, mesh, b, params["embedding"].dtype)
+    check_cache(config, mesh, cache, b)
     if lengths is None:
         lengths = jnp.full(b, T, jnp.int32)
     tokens = jnp.pad(
@@ -88,6 +92,8 @@ def decode_step(
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_batch(mesh, len(token))
+    check_params(mesh, params)
+    check_cache(config, mesh, cache, len(token))
     lengths = jnp.ones(len(token), jnp.int32)
     return _run(
         params, config, mesh, jnp.asarray(token)[:, None], cache, lengths, False
@@ -228,9 +234,10 @@ def _gated_norm(y, weight, config):
     if G >= n:
         return rms_norm(y, weight, eps, G // n)
     y = y.astype(accumulator(y))
-    parts = jax.lax.all_gather(jnp.mean(y**2, axis=-1), "model")  # (n, b, T)
     group = jax.lax.axis_index("model") * G // n
-    mean = parts.reshape(G, n // G, *parts.shape[1:])[group].mean(axis=0)[..., None]
+    mine = jnp.arange(G)[:, None, None] == group
+    means = jnp.where(mine, jnp.mean(y**2, axis=-1)[None], 0)  # (G, b, T)
+    mean = jax.lax.psum(means, "model")[group][..., None] * (G / n)
     return y * jax.lax.rsqrt(mean + eps) * weight.astype(y.dtype)[None, None]
 
 

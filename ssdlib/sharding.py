@@ -18,7 +18,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
 from ssdlib import model
@@ -27,6 +27,8 @@ from ssdlib.model import Cache, Params
 from ssdlib.weights import open_slices
 
 __all__ = ["init_cache", "load", "make_mesh", "shard"]
+
+AnyMesh = Mesh | AbstractMesh  # where sizes alone are asked for, no devices are needed
 
 
 def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh:
@@ -47,7 +49,7 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh
 AXIS = {"out": 1, "norm": None, "out_bias": None}  # which axis is split; else axis 0
 
 
-def local_config(config: Mamba2Config, mesh: Mesh) -> Mamba2Config:
+def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
     """The smaller model that one device of `model` runs: H/n heads, G/n groups or 1.
 
     Raises ValueError if n does not divide the heads, or neither of n and G the other.
@@ -61,7 +63,9 @@ def local_config(config: Mamba2Config, mesh: Mesh) -> Mamba2Config:
     return replace(config, n_heads=H // n, n_groups=max(G // n, 1))
 
 
-def _rows(config: Mamba2Config, mesh: Mesh, key: str, i: int) -> list[tuple[int, int]]:
+def _rows(
+    config: Mamba2Config, mesh: AnyMesh, key: str, i: int
+) -> list[tuple[int, int]]:
     """The rows (columns of `out`) of a parameter that device i of `model` holds."""
     n, H, N, V = mesh.shape["model"], config.n_heads, config.d_state, config.vocab_size
     if key in ("embedding", "head"):
@@ -201,4 +205,30 @@ def check_batch(mesh, b) -> None:
     if b < 1 or b % mesh.shape["data"]:
         raise ValueError(
             f"mesh: data = {mesh.shape['data']}; it must divide the batch size {b}"
+        )
+
+
+def check_params(mesh, params) -> None:
+    """Raise ValueError unless `shard` or `load` laid out the parameters for this mesh.
+
+    Rows of xBC in the order of `model` can have the same shape and compute nonsense.
+    """
+    v = params["embedding"]
+    if isinstance(v, jax.core.Tracer):  # inside a compiled program: nothing to see
+        return
+    if getattr(v.sharding, "mesh", None) != mesh:
+        raise ValueError(
+            f"params: laid out as {v.sharding}; they must come from sharding.shard or "
+            "sharding.load with this mesh"
+        )
+
+
+def check_cache(config, mesh, cache, batch_size) -> None:
+    """Raise ValueError unless the cache has this mesh's layout, model and batch."""
+    want = cache_shapes(config, mesh, batch_size)
+    got, want = (jax.tree.map(jnp.shape, (c.conv, c.h)) for c in (cache, want))
+    if got != want:
+        at, need = ((len(c[0]), c[0][:1], c[1][:1]) for c in (got, want))
+        raise ValueError(
+            f"cache: (layers, conv, h) is {at}; this mesh and batch need {need}"
         )

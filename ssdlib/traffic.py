@@ -18,7 +18,7 @@ from ssdlib import hlo_text
 from ssdlib.config import Mamba2Config
 from ssdlib.model import init_params
 from ssdlib.parallel import decode_step, prefill, segment
-from ssdlib.sharding import cache_shapes, local_config, shard
+from ssdlib.sharding import AnyMesh, cache_shapes, local_config, shard
 
 __all__ = ["compile_over", "counted", "formula"]
 
@@ -62,19 +62,21 @@ KINDS = (
 
 
 def formula(
-    config: Mamba2Config, mesh: Mesh, b: int, T: int, itemsize: int = 4
+    config: Mamba2Config, mesh: AnyMesh, b: int, T: int, itemsize: int = 4
 ) -> dict[str, int]:
     """Bytes that one device puts into collectives, by kind, for `prefill` of (b, T).
 
     On `model`: an all-reduce of 4 b T d_model for the embedding and for each layer;
-    with fewer groups than devices, an all-gather of 4 b T a layer. On `seq`, for each
-    layer: permutes of ⌈log₂ n⌉ pairs of b H (P N + 1) numbers (the last round needs no
-    decay), of one state, and of d_conv - 1 rows of the convolution; an all-reduce of
-    the final state and rows; once, of the last token. b, T, H are those of one device.
+    with fewer groups than devices, one of 4 G b T a layer for the norm. On `seq`, for
+    each layer: permutes of ⌈log₂ n⌉ pairs of b H (P N + 1) numbers (the last round
+    needs no decay), of one state, and of d_conv - 1 rows of the convolution; an
+    all-reduce of the final state and rows; once, of the last token. b, T and H are
+    those of one device.
 
     T = 1 is `decode_step`. What is counted is the payload: a ring all-reduce of it
     sends 2 (n - 1)/n times as much. Where products need less than float32, a compiler
-    may send the state that enters a segment in bfloat16.
+    may send the state that enters a segment in bfloat16. Not counted: logits, which are
+    gathered if n does not divide the vocabulary.
     """
     local, seq = local_config(config, mesh), mesh.shape["seq"]
     model, L, d = mesh.shape["model"], config.n_layers, config.d_model
@@ -84,7 +86,7 @@ def formula(
     if model > 1:
         sent["all-reduce"] += 4 * b * T * d * (L + 1)
     if model > config.n_groups:
-        sent["all-gather"] += 4 * b * T * L
+        sent["all-reduce"] += 4 * config.n_groups * b * T * L
     if split:
         state = 4 * b * local.n_heads * config.head_dim * config.d_state
         conv = itemsize * b * (config.d_conv - 1) * local.d_xBC

@@ -29,7 +29,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 CASES = {  # (data, seq, model), changes of the tiny model with eight heads
     "1x8 heads": ((1, 1, 8), dict(n_groups=8, proj_bias=True, n_layers=1)),
-    "2x4 heads": ((2, 1, 4), dict(n_groups=2, tie_embeddings=False)),
+    "2x4 heads": ((2, 1, 4), dict(n_groups=2, tie_embeddings=False, n_layers=1)),
     "8x1": ((8, 1, 1), dict(n_groups=2, n_layers=1)),
     "1x8 segments": ((1, 8, 1), dict(n_groups=2, n_layers=1)),
     "2x4 segments": ((2, 4, 1), dict(n_groups=1, time_step_limit=(0.01, 0.02))),
@@ -87,7 +87,7 @@ def model(shape, change):
 
 def sent(shape, change):
     """(counted in the compiled text, formula) for prefill."""
-    config = Mamba2Config.tiny(n_heads=8, **change)
+    config = Mamba2Config.tiny(n_heads=8, vocab_size=64, **change)
     mesh = sharding.make_mesh(*shape)
     text = traffic.compile_over(config, mesh, 8, T).as_text()
     counts = {kind: total for kind, (_, total) in traffic.counted(text).items()}
