@@ -72,9 +72,8 @@ def prefill(
     check_cache(config, mesh, cache, b)
     if lengths is None:
         lengths = jnp.full(b, T, jnp.int32)
-    tokens = jnp.pad(
-        jnp.asarray(tokens), [(0, 0), (0, seq * segment(config, T, seq) - T)]
-    )
+    fill = seq * segment(config, T, seq) - T
+    tokens = jnp.pad(jnp.asarray(tokens), [(0, 0), (0, fill)])
     return _run(params, config, mesh, tokens, cache, lengths, seq > 1)
 
 
@@ -94,10 +93,8 @@ def decode_step(
     check_batch(mesh, len(token))
     check_params(mesh, params)
     check_cache(config, mesh, cache, len(token))
-    lengths = jnp.ones(len(token), jnp.int32)
-    return _run(
-        params, config, mesh, jnp.asarray(token)[:, None], cache, lengths, False
-    )
+    tokens, lengths = jnp.asarray(token)[:, None], jnp.ones(len(token), jnp.int32)
+    return _run(params, config, mesh, tokens, cache, lengths, False)
 
 
 def ssd_segment(x, dt, A, B, C, D, h0, chunk_size: int, axis: str = "seq"):
@@ -116,9 +113,7 @@ def ssd_segment(x, dt, A, B, C, D, h0, chunk_size: int, axis: str = "seq"):
     a, k = jnp.exp(log_a[:, -1]), 1
     while k < n:  # after the round of k, device i has combined segments i-2k+1..i
         pairs = [(j, j + k) for j in range(n - k)]
-        a_left, h_left = jax.lax.ppermute(
-            (a, h), axis, pairs
-        )  # zeros left of the first
+        a_left, h_left = jax.lax.ppermute((a, h), axis, pairs)  # zeros from nobody
         h = a[..., None, None] * h_left + h
         a, k = a * a_left, 2 * k
     h_in = jax.lax.ppermute(h, axis, [(j, j + 1) for j in range(n - 1)])
@@ -154,8 +149,8 @@ def _run(params, config, mesh, tokens, cache, lengths, split):
 def _device(config, local, split, params, tokens, cache, lengths):
     """Embed, every block, the head, for this device's rows, tokens and heads."""
     T = tokens.shape[1]
-    left = jax.lax.axis_index("seq") * T if split else 0
-    left = lengths - left  # real tokens from here on
+    # Real tokens from this device's first on; negative past a row's end.
+    left = lengths - (jax.lax.axis_index("seq") * T if split else 0)
     r = _embed(params["embedding"], tokens, config.vocab_size)
     conv, h = [], []
     for i, p in enumerate(params["layers"]):
@@ -183,13 +178,10 @@ def _block(p, config, local, u, conv, h, left, split):
     dt = _linear(u, p["dt"], p.get("dt_proj_bias"))
 
     if split:  # crossing 1: the convolution's inputs from the device to the left
-        n, K = jax.lax.axis_size("seq"), conv.shape[1]
-        halo = xBC[:, T - K :]
-        halo = jax.lax.ppermute(halo, "seq", [(j, j + 1) for j in range(n - 1)])
-        conv = jnp.where(jax.lax.axis_index("seq") == 0, conv.astype(xBC.dtype), halo)
-    dtype, real = conv.dtype, jnp.clip(left, 0, T)
+        conv = _halo(xBC, conv)
+    real = jnp.clip(left, 0, T)
     xBC, conv = _causal_conv(xBC, conv, p["conv"], p.get("conv_bias"), real)
-    conv = _from_owner(conv, left, T, split).astype(dtype)
+    conv = _from_owner(conv, left, T, split)
 
     d, GN = local.d_inner, G * local.d_state
     x, B, C = jnp.split(jax.nn.silu(xBC), (d, d + GN), axis=-1)
@@ -215,6 +207,14 @@ def _block(p, config, local, u, conv, h, left, split):
     if "out_bias" in p:
         out = out + p["out_bias"].astype(out.dtype)[None, None]
     return out, conv, h
+
+
+def _halo(xBC, conv):
+    """The inputs before this segment: the left neighbor's last ones, or the cache's."""
+    n, K, T = jax.lax.axis_size("seq"), conv.shape[1], xBC.shape[1]
+    right = [(j, j + 1) for j in range(n - 1)]
+    halo = jax.lax.ppermute(xBC[:, T - K :].astype(conv.dtype), "seq", right)
+    return jnp.where(jax.lax.axis_index("seq") == 0, conv, halo)
 
 
 def _embed(embedding, tokens, vocab_size):

@@ -1,8 +1,8 @@
 """Mamba-2 over a mesh of devices: what each of them holds.
 
 A mesh has three axes, and any of them may be 1. `data` splits the batch, `model` splits
-heads with their groups and projections, `seq` the tokens of a prefill. `parallel`
-is the program that runs on it.
+heads with their groups and projections, `seq` the tokens of a prefill. `parallel` is
+the program that runs on it.
 
 Split by heads, the rows of W_xBC are a mixture: x goes by head, B and C by group. Here
 device i of `model` holds its own [x_i; B_i; C_i] one below the other, and with them its
@@ -47,6 +47,7 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh
 # --- what each device holds ----------------------------------------------------------
 
 AXIS = {"out": 1, "norm": None, "out_bias": None}  # which axis is split; else axis 0
+PER_HEAD = {"dt", "dt_proj_bias", "dt_bias", "A_log", "D"}
 
 
 def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
@@ -71,10 +72,8 @@ def _rows(
     if key in ("embedding", "head"):
         v = -(-V // n)  # the last devices are filled up with zeros
         return [(min(i * v, V), min((i + 1) * v, V))]
-    heads = H // n if key in ("dt", "dt_proj_bias", "dt_bias", "A_log", "D") else (
-        config.d_inner // n
-    )  # fmt: skip
-    rows = [(i * heads, (i + 1) * heads)]
+    per_head = 1 if key in PER_HEAD else config.head_dim
+    rows = [(i * H // n * per_head, (i + 1) * H // n * per_head)]
     if key in ("xBC", "xBC_bias", "conv", "conv_bias"):
         first, width = i * config.n_groups // n, local_config(config, mesh).n_groups
         for start in (config.d_inner, config.d_inner + config.n_groups * N):  # B, C
@@ -83,6 +82,7 @@ def _rows(
 
 
 def spec(key: str) -> S:
+    """How a parameter is split: over `model` or not at all."""
     return {0: S("model"), 1: S(None, "model"), None: S()}[AXIS.get(key, 0)]
 
 
@@ -101,7 +101,7 @@ def _place(config, mesh, key, value, read):
     """One parameter as a global array of which this process makes its own shards.
 
     `read(index)` returns the part of the parameter that a tuple of slices selects;
-    `value` gives shape and dtype. A ShapeDtypeStruct stays one, sharding added.
+    `value` gives shape and dtype. Without `read` it becomes a ShapeDtypeStruct.
     """
     axis, shape, size = AXIS.get(key, 0), list(value.shape), value.shape[0]
     sharding = NamedSharding(mesh, spec(key))
@@ -111,7 +111,7 @@ def _place(config, mesh, key, value, read):
         else:
             size = sum(b - a for a, b in _rows(config, mesh, key, 0))
         shape[axis] = size * mesh.shape["model"]
-    if isinstance(value, jax.ShapeDtypeStruct) and read is None:
+    if read is None:
         return jax.ShapeDtypeStruct(shape, value.dtype, sharding=sharding)
 
     parts: dict = {}  # devices that differ in `data` or `seq` hold the same part
@@ -152,8 +152,8 @@ def load(
 ) -> tuple[Params, Mamba2Config]:
     """`ssdlib.load` onto a mesh: each process reads the slices of its own devices.
 
-    A process never holds more than its shards and one slice. Needs safetensors. Names
-    and shapes are checked as in `ssdlib.load`; values only where they are read.
+    Beside its shards a process holds the slices of one parameter at a time. Needs
+    safetensors. Names and shapes are checked as in `ssdlib.load`, values where read.
     Raises ValueError and OSError as there, and ValueError if the mesh does not fit.
     """
     config, parts = open_slices(source, dtype, revision)
@@ -202,6 +202,7 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
 
 
 def check_batch(mesh, b) -> None:
+    """Raise ValueError unless `data` divides the batch."""
     if b < 1 or b % mesh.shape["data"]:
         raise ValueError(
             f"mesh: data = {mesh.shape['data']}; it must divide the batch size {b}"
@@ -216,9 +217,10 @@ def check_params(mesh, params) -> None:
     v = params["embedding"]
     if isinstance(v, jax.core.Tracer):  # inside a compiled program: nothing to see
         return
-    if getattr(v.sharding, "mesh", None) != mesh:
+    sharding = getattr(v, "sharding", None)
+    if getattr(sharding, "mesh", None) != mesh:
         raise ValueError(
-            f"params: laid out as {v.sharding}; they must come from sharding.shard or "
+            f"params: laid out as {sharding}; they must come from sharding.shard or "
             "sharding.load with this mesh"
         )
 
