@@ -20,7 +20,7 @@ from jax.experimental import topologies
 
 from ssdlib.roofline import HARDWARE
 
-__all__ = ["TARGETS", "CompilerMissing", "compile_with"]
+__all__ = ["TARGETS", "CompilerMissing", "compile_with", "tpu_slice"]
 
 
 class CompilerMissing(ImportError):
@@ -39,21 +39,10 @@ class TPU:
 
     def device(self):
         """The first core of a described, absent host."""
-        if not _installed("libtpu"):
-            raise CompilerMissing
         chips = tuple(int(n) for n in self.topology.split(":")[1].split("x"))
-        settings = dict(  # no query to the cloud's metadata server, no lock of a chip
-            TPU_SKIP_MDS_QUERY="1",
-            TPU_WORKER_HOSTNAMES="localhost",
-            TPU_ACCELERATOR_TYPE=self.accelerator,
-            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-            TPU_LOG_DIR="disabled",
-        )
-        with _environment(**settings):
-            topology = topologies.get_topology_desc(
-                self.topology, "tpu", chips_per_host_bounds=(*chips, 1)[:3]
-            )
-        return topology.devices[0]
+        return tpu_slice(
+            self.topology, self.accelerator, chips_per_host_bounds=(*chips, 1)[:3]
+        )[0]
 
 
 @dataclass(frozen=True)
@@ -170,6 +159,25 @@ def compile_with(target: str, fn, args: tuple, donate_argnums=()):
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=options)
     return compiled, origin, time.perf_counter() - start
+
+
+def tpu_slice(topology: str, accelerator: str = "v6e-1", **options) -> list:
+    """The devices of a described, absent slice: "v6e:2x4", "v6e:16x16", ...
+
+    Programs compile for a mesh of them; nothing runs there. Raises CompilerMissing
+    without libtpu.
+    """
+    if not _installed("libtpu"):
+        raise CompilerMissing('a TPU slice needs libtpu: pip install "ssdlib[tpu]"')
+    settings = dict(  # no query to the cloud's metadata server, no lock of a chip
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=accelerator,
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_LOG_DIR="disabled",
+    )
+    with _environment(**settings):
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
 
 
 def _device(target: str):

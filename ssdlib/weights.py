@@ -49,8 +49,45 @@ def load(
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
+    dtype = _floating(dtype)
+    config, stored, want = _open(source, revision)
+    return _read(config, stored, want, dtype), config
+
+
+def open_slices(
+    source: str | Path, dtype=jnp.float32, revision: str | None = None
+) -> tuple[Mamba2Config, dict[Place, tuple[jax.ShapeDtypeStruct, Callable]]]:
+    """(config, parameter -> (its shape and dtype, a function that reads a part of it)).
+
+    The function takes a tuple of slices and reads only those bytes, as an array in
+    NumPy. Names and shapes are checked here as in `load`, values as they are read.
+    Raises as `load` does, and ValueError for a format that has no slices.
+    """
+    dtype = _floating(dtype)
+    config, stored, want = _open(source, revision)
+    out = {}
+    for name, (_, parts) in want.items():
+        file, _, read = stored[name]
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{file}: no slices; convert it once with ssdlib.save")
+        copy = stored.get(HEAD) if name == EMBEDDING and config.tie_embeddings else None
+        row = 0
+        for place, shape in parts.items():
+            kind = jnp.float32 if place[1] in FLOAT32 else dtype
+            part = partial(_read_part, file, name, read, copy and copy[2], row, kind)
+            out[place] = jax.ShapeDtypeStruct(shape, kind), part
+            row += shape[0]
+    return config, out
+
+
+def _floating(dtype):
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"dtype: {jnp.dtype(dtype)}; it must be floating point")
+    return jnp.dtype(dtype)
+
+
+def _open(source, revision):
+    """(config, what the files hold, what config asks for), names and shapes checked."""
     folder, files = resolve(source, revision)
     config = load_config(folder)
     stored = _headers(files)
@@ -61,8 +98,7 @@ def load(
         )
     want = _layout(config)
     _check_names(folder, config, stored, want)
-
-    return _read(config, stored, want, jnp.dtype(dtype)), config
+    return config, stored, want
 
 
 def _read(config, stored, want, dtype) -> Params:
@@ -75,26 +111,46 @@ def _read(config, stored, want, dtype) -> Params:
             file, _, read = stored[name]
             tensor, row = read(), 0
             if name == EMBEDDING and config.tie_embeddings and HEAD in stored:
-                if not np.array_equal(tensor, stored[HEAD][2]()):
-                    raise ValueError(
-                        f"{file}: config.json ties embedding and head, but {HEAD!r} "
-                        "differs"
-                    )
+                _check_tied(file, tensor, stored[HEAD][2]())
             for (layer, key), part in parts.items():
                 rows = tensor[row : row + part[0]].reshape(part)
-                with np.errstate(over="ignore"):  # in NumPy: nothing to compile
-                    value = rows.astype(jnp.float32 if key in FLOAT32 else dtype)
-                if not np.isfinite(value).all():
-                    raise ValueError(
-                        f"{file}: tensor {name!r} has values that are not finite in "
-                        f"{value.dtype}"
-                    )
+                kind = jnp.dtype(jnp.float32) if key in FLOAT32 else dtype
                 (params if layer is None else params["layers"][layer])[key] = (
-                    jnp.asarray(value)
+                    jnp.asarray(_convert(file, name, rows, kind))
                 )
                 row += part[0]
             progress.update(math.prod(shape))
     return params
+
+
+def _read_part(file, name, read, read_copy, row, dtype, index) -> np.ndarray:
+    """The part of a parameter that starts at `row` of its tensor."""
+    first = slice(*(row + (i or 0) for i in (index[0].start, index[0].stop)))
+    if index[0] != slice(None):
+        index = (first, *index[1:])
+    values = read(index)
+    if read_copy:
+        _check_tied(file, values, read_copy(index))
+    if name.endswith("conv1d.weight"):
+        values = values[:, 0]
+    return _convert(file, name, values, dtype)
+
+
+def _check_tied(file, embedding, head) -> None:
+    if not np.array_equal(embedding, head):
+        raise ValueError(
+            f"{file}: config.json ties embedding and head, but {HEAD!r} differs"
+        )
+
+
+def _convert(file, name, values, dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # in NumPy: nothing to compile
+        values = values.astype(dtype)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{file}: tensor {name!r} has values that are not finite in {values.dtype}"
+        )
+    return values
 
 
 def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
@@ -228,11 +284,11 @@ def _safetensors(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
         yield name, shape, partial(_read_safetensors, path, name)
 
 
-def _read_safetensors(path: Path, name: str) -> np.ndarray:
+def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
     # A mapping of its own for each tensor: what was read through one stays in memory
     # until it is closed, and one mapping for all would make a second copy of the model.
     with safe_open(path, framework="numpy") as f:
-        return f.get_tensor(name)
+        return f.get_slice(name)[index] if index else f.get_tensor(name)
 
 
 def _bin(path: Path) -> Iterator[tuple[str, tuple, Callable]]:

@@ -1,0 +1,236 @@
+"""Mamba-2 over a mesh of devices: what each of them holds.
+
+A mesh has three axes, and any of them may be 1. `data` splits the batch, `model` splits
+heads with their groups and projections, `seq` the tokens of a prefill. `parallel` is
+the program that runs on it.
+
+Split by heads, the rows of W_xBC are a mixture: x goes by head, B and C by group. Here
+device i of `model` holds its own [x_i; B_i; C_i] one below the other, and with them its
+channels of the convolution, so that no activation is moved to where its head is. With
+fewer groups than devices, a group's B and C are held and computed by each device that
+has heads of it. Names and the order of axes are those of `model`.
+Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (arXiv
+1909.08053), section 3, for the split of the projections.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as S
+
+from ssdlib import model
+from ssdlib.config import Mamba2Config
+from ssdlib.model import Cache, Params
+from ssdlib.weights import open_slices
+
+__all__ = ["init_cache", "load", "make_mesh", "shard"]
+
+AnyMesh = Mesh | AbstractMesh  # where sizes alone are asked for, no devices are needed
+
+
+def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh:
+    """A mesh with the axes (data, seq, model); `devices` may be those of a topology.
+
+    `model` comes last: its neighbors, which talk most, are nearest to each other.
+    """
+    return jax.make_mesh(
+        (data, seq, model),
+        ("data", "seq", "model"),
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+# --- what each device holds ----------------------------------------------------------
+
+AXIS = {"out": 1, "norm": None, "out_bias": None}  # which axis is split; else axis 0
+PER_HEAD = {"dt", "dt_proj_bias", "dt_bias", "A_log", "D"}
+
+
+def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
+    """The smaller model that one device of `model` runs: H/n heads, G/n groups or 1.
+
+    Raises ValueError if n does not divide the heads, or neither of n and G the other.
+    """
+    n, H, G = mesh.shape["model"], config.n_heads, config.n_groups
+    if H % n or (G % n and n % G):
+        raise ValueError(
+            f"mesh: model = {n}; it must divide n_heads = {H}, and n_groups = {G} or "
+            "be a multiple of it"
+        )
+    return replace(config, n_heads=H // n, n_groups=max(G // n, 1))
+
+
+def _rows(
+    config: Mamba2Config, mesh: AnyMesh, key: str, i: int
+) -> list[tuple[int, int]]:
+    """The rows (columns of `out`) of a parameter that device i of `model` holds."""
+    n, H, N, V = mesh.shape["model"], config.n_heads, config.d_state, config.vocab_size
+    if key in ("embedding", "head"):
+        v = -(-V // n)  # the last devices are filled up with zeros
+        return [(min(i * v, V), min((i + 1) * v, V))]
+    per_head = 1 if key in PER_HEAD else config.head_dim
+    rows = [(i * H // n * per_head, (i + 1) * H // n * per_head)]
+    if key in ("xBC", "xBC_bias", "conv", "conv_bias"):
+        first, width = i * config.n_groups // n, local_config(config, mesh).n_groups
+        for start in (config.d_inner, config.d_inner + config.n_groups * N):  # B, C
+            rows.append((start + first * N, start + (first + width) * N))
+    return rows
+
+
+def spec(key: str) -> S:
+    """How a parameter is split: over `model` or not at all."""
+    return {0: S("model"), 1: S(None, "model"), None: S()}[AXIS.get(key, 0)]
+
+
+def map_params(fn, params: Params) -> Params:
+    """fn(layer or None, key, value) for every parameter."""
+    layers = tuple(
+        {k: fn(i, k, v) for k, v in layer.items()}
+        for i, layer in enumerate(params["layers"])
+    )
+    return {k: fn(None, k, v) for k, v in params.items() if k != "layers"} | {
+        "layers": layers
+    }
+
+
+def _place(config, mesh, key, value, read):
+    """One parameter as a global array of which this process makes its own shards.
+
+    `read(index)` returns the part of the parameter that a tuple of slices selects;
+    `value` gives shape and dtype. Without `read` it becomes a ShapeDtypeStruct.
+    """
+    axis, shape, size = AXIS.get(key, 0), list(value.shape), value.shape[0]
+    sharding = NamedSharding(mesh, spec(key))
+    if axis is not None:
+        if key in ("embedding", "head"):
+            size = -(-config.vocab_size // mesh.shape["model"])
+        else:
+            size = sum(b - a for a, b in _rows(config, mesh, key, 0))
+        shape[axis] = size * mesh.shape["model"]
+    if read is None:
+        return jax.ShapeDtypeStruct(shape, value.dtype, sharding=sharding)
+
+    parts: dict = {}  # devices that differ in `data` or `seq` hold the same part
+
+    def part(index):
+        i = 0 if axis is None else (index[axis].start or 0) // size
+        if i not in parts:
+            rows = [(0, shape[0])] if axis is None else _rows(config, mesh, key, i)
+            before = (slice(None),) * (axis or 0)
+            pieces = [read((*before, slice(a, b))) for a, b in rows if a < b]
+            if (rest := size - sum(b - a for a, b in rows)) and axis is not None:
+                pieces.append(np.zeros((rest, *shape[1:]), value.dtype))
+            parts[i] = np.concatenate(pieces, axis or 0)
+        return parts[i]
+
+    return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def shard(params: Params, config: Mamba2Config, mesh: Mesh) -> Params:
+    """Lay out parameters over a mesh, as `prefill` and `decode_step` here want them.
+
+    Works on arrays that each process has whole, and on `ShapeDtypeStruct`s: those gain
+    a sharding and can be compiled for a mesh of absent devices. Raises ValueError if
+    the mesh does not fit the model.
+    """
+    local_config(config, mesh)
+
+    def place(_, key, value):
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return _place(config, mesh, key, value, None)
+        return _place(config, mesh, key, value, np.asarray(value).__getitem__)
+
+    return map_params(place, params)
+
+
+def load(
+    source, mesh: Mesh, dtype=jnp.float32, revision: str | None = None
+) -> tuple[Params, Mamba2Config]:
+    """`ssdlib.load` onto a mesh: each process reads the slices of its own devices.
+
+    Beside its shards a process holds the slices of one parameter at a time. Needs
+    safetensors. Names and shapes are checked as in `ssdlib.load`, values where read.
+    Raises ValueError and OSError as there, and ValueError if the mesh does not fit.
+    """
+    config, parts = open_slices(source, dtype, revision)
+    local_config(config, mesh)
+    params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
+    for (layer, key), (value, read) in parts.items():
+        place = params if layer is None else params["layers"][layer]
+        place[key] = _place(config, mesh, key, value, read)
+    return params, config
+
+
+def cache_spec(config: Mamba2Config) -> Cache:
+    """How a cache is split: rows over `data`, channels and heads over `model`."""
+    conv, h = S("data", None, "model"), S("data", "model")
+    return Cache(conv=(conv,) * config.n_layers, h=(h,) * config.n_layers)
+
+
+def init_cache(
+    config: Mamba2Config, mesh: Mesh, batch_size: int, dtype=jnp.float32
+) -> Cache:
+    """`ssdlib.init_cache` over a mesh. Channels of conv lie as the rows of xBC do.
+
+    Raises ValueError if `data` does not divide the batch size.
+    """
+    shapes = cache_shapes(config, mesh, batch_size, dtype)
+    shardings = jax.tree.map(lambda v: v.sharding, shapes)
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes),
+        out_shardings=shardings,
+    )
+    return zeros()
+
+
+def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
+    """`init_cache` as `ShapeDtypeStruct`s, to compile with."""
+    check_batch(mesh, batch_size)
+    local, n = local_config(config, mesh), mesh.shape["model"]
+    cache = jax.eval_shape(lambda: model.init_cache(config, batch_size, dtype))
+
+    def struct(v, spec):
+        shape = v.shape if v.ndim == 4 else (*v.shape[:2], n * local.d_xBC)
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, v.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, cache, cache_spec(config))
+
+
+def check_batch(mesh, b) -> None:
+    """Raise ValueError unless `data` divides the batch."""
+    if b < 1 or b % mesh.shape["data"]:
+        raise ValueError(
+            f"mesh: data = {mesh.shape['data']}; it must divide the batch size {b}"
+        )
+
+
+def check_params(mesh, params) -> None:
+    """Raise ValueError unless `shard` or `load` laid out the parameters for this mesh.
+
+    Rows of xBC in the order of `model` can have the same shape and compute nonsense.
+    """
+    v = params["embedding"]
+    if isinstance(v, jax.core.Tracer):  # inside a compiled program: nothing to see
+        return
+    sharding = getattr(v, "sharding", None)
+    if getattr(sharding, "mesh", None) != mesh:
+        raise ValueError(
+            f"params: laid out as {sharding}; they must come from sharding.shard or "
+            "sharding.load with this mesh"
+        )
+
+
+def check_cache(config, mesh, cache, batch_size) -> None:
+    """Raise ValueError unless the cache has this mesh's layout, model and batch."""
+    want = cache_shapes(config, mesh, batch_size)
+    got, want = (jax.tree.map(jnp.shape, (c.conv, c.h)) for c in (cache, want))
+    if got != want:
+        at, need = ((len(c[0]), c[0][:1], c[1][:1]) for c in (got, want))
+        raise ValueError(
+            f"cache: (layers, conv, h) is {at}; this mesh and batch need {need}"
+        )

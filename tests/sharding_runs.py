@@ -1,0 +1,171 @@
+"""Run by test_sharding.py in processes of their own; prints errors as JSON.
+
+sharding_runs.py eight                  on eight simulated devices
+sharding_runs.py two PORT RANK          one of two processes, a device each
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from unittest import mock
+
+eight = sys.argv[1] == "eight"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 if eight else 1}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from inputs import ssd_inputs
+from jax.sharding import PartitionSpec as S
+from oracle import error, ssd
+
+import ssdlib
+from ssdlib import Mamba2Config, parallel, sharding, traffic, weights
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+CASES = {  # (data, seq, model), changes of the tiny model with eight heads
+    "1x8 heads": ((1, 1, 8), dict(n_groups=8, proj_bias=True, n_layers=1)),
+    "2x4 heads": ((2, 1, 4), dict(n_groups=2, tie_embeddings=False, n_layers=1)),
+    "8x1": ((8, 1, 1), dict(n_groups=2, n_layers=1)),
+    "1x8 segments": ((1, 8, 1), dict(n_groups=2, n_layers=1)),
+    "2x4 segments": ((2, 4, 1), dict(n_groups=1, time_step_limit=(0.01, 0.02))),
+    "2x2x2": ((2, 2, 2), dict(n_groups=1, proj_bias=True, conv_bias=False)),
+}
+T = 37  # no multiple of a segment or a chunk
+
+
+def disturbed(params):
+    """Random values for what `init_params` leaves at one or zero."""
+    rng = np.random.default_rng(1)
+
+    def noisy(v):
+        return v + np.asarray(0.1 * rng.standard_normal(v.shape), v.dtype)
+
+    return jax.tree.map(noisy, params)
+
+
+def model(shape, change):
+    """Errors of prefill, of a padded prefill from there, and of two steps."""
+    config = Mamba2Config.tiny(n_heads=8, **change)
+    params = disturbed(ssdlib.init_params(config, jax.random.key(0)))
+    mesh = sharding.make_mesh(*shape)
+    here = partial(ssdlib.prefill, params, config)
+    sharded = sharding.shard(params, config, mesh)
+    there = partial(parallel.prefill, sharded, config, mesh)
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (8, T))
+    lengths = np.array([1, 2, 4, 5, 9, 20, 36, T])  # some end in the first segment
+    errors = {}
+
+    def compare(name, got, want):
+        (logits, cache), (logits_star, cache_star) = got, want
+        errors[name] = float(error(logits, logits_star))
+        pairs = zip(cache.h, cache_star.h, strict=True)
+        errors[f"{name}, states"] = float(max(error(*pair) for pair in pairs))
+        return cache, cache_star
+
+    full = np.full(8, T)
+    got, want = compare("prefill", there(tokens), here(tokens, lengths=full))
+    got, want = compare(
+        "continued",
+        there(tokens[::-1], got, lengths),
+        here(tokens[::-1], want, lengths),
+    )
+    for t in range(2):
+        got, want = compare(
+            f"step {t}",
+            parallel.decode_step(sharded, config, mesh, tokens[:, t], got),
+            ssdlib.decode_step(params, config, tokens[:, t], want),
+        )
+    return errors
+
+
+def sent(shape, change):
+    """(counted in the compiled text, formula) for prefill."""
+    config = Mamba2Config.tiny(n_heads=8, vocab_size=64, **change)
+    mesh = sharding.make_mesh(*shape)
+    text = traffic.compile_over(config, mesh, 8, T).as_text()
+    counts = {kind: total for kind, (_, total) in traffic.counted(text).items()}
+    return counts, traffic.formula(config, mesh, 8, T)
+
+
+def segments(regime):
+    """Errors of eight segments in float64 against the definition, whole and broken."""
+    mesh = sharding.make_mesh(seq=8)
+    with jax.enable_x64(True):
+        arrays = ssd_inputs(40, regime=regime, dtype=np.float64)
+        y_star, h_star = ssd(*arrays)
+        token, whole = S(None, "seq"), S()
+        specs = (token, token, whole, token, token, whole, whole)
+        run = jax.shard_map(
+            lambda *a: parallel.ssd_segment(*a, chunk_size=3),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=(token, whole),
+        )
+        y, h = jax.jit(run)(*arrays)
+        keep = jax.lax.ppermute
+
+        def lose(v, axis, pairs):  # the pair from one device to the left gets lost
+            return keep(v, axis, pairs[1:])
+
+        with mock.patch.object(jax.lax, "ppermute", lose):
+            y_broken, _ = jax.jit(lambda *a: run(*a))(*arrays)
+    return dict(y=error(y, y_star), h=error(h, h_star), broken=error(y_broken, y_star))
+
+
+def two(port, rank):
+    """Each of two processes loads its slices, reads a text and writes three bytes."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    full, config = ssdlib.load("tiny")
+    text = np.frombuffer(b"def forward(self, x):\n    return ", np.uint8)[None]
+    text = np.repeat(text.astype(np.int32), 2, axis=0)
+    result = {"processes": jax.process_count(), "devices": jax.device_count()}
+    read = weights._read_safetensors
+    for name, shape in {"heads": (1, 1, 2), "segments": (1, 2, 1)}.items():
+        mesh, values = sharding.make_mesh(*shape), []
+
+        def spy(*args, values=values):
+            part = read(*args)
+            values.append(part.size)
+            return part
+
+        with mock.patch.object(weights, "_read_safetensors", spy):
+            params, _ = sharding.load("tiny", mesh)
+        held = sum(v.addressable_data(0).size for v in jax.tree.leaves(params))
+        result[f"{name}, read"] = sum(values)
+        result[f"{name}, held"] = held
+        got = parallel.prefill(params, config, mesh, text)
+        want = ssdlib.prefill(full, config, text)
+        errors = [_shard_error(got[0], want[0])]
+        for _ in range(3):
+            token = np.asarray(want[0]).argmax(-1)
+            got = parallel.decode_step(params, config, mesh, token, got[1])
+            want = ssdlib.decode_step(full, config, token, want[1])
+            errors.append(_shard_error(got[0], want[0]))
+        errors += map(_shard_error, got[1].h, want[1].h)
+        result[f"{name}, error"] = float(max(errors))
+    result["values"] = sum(v.size for v in jax.tree.leaves(full))
+    return result
+
+
+def _shard_error(got, want):
+    """The error of what this process holds of a global array."""
+    want = np.asarray(want)
+    return max(error(s.data, want[s.index]) for s in got.addressable_shards)
+
+
+if eight:
+    result = {name: model(*case) for name, case in CASES.items()}
+    regimes = ("weak decay", "published", "mixed decay")
+    result["ssd"] = {name: segments(name) for name in regimes}
+    result["sent"] = sent(*CASES["2x2x2"])
+else:
+    result = two(sys.argv[2], int(sys.argv[3]))
+print(json.dumps(result))

@@ -1,0 +1,232 @@
+"""Many devices compute what one does, and send what the formula says."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ssdlib
+from ssdlib import Mamba2Config, parallel, sharding, traffic
+from ssdlib.targets import tpu_slice
+
+RUNS = Path(__file__).parent / "sharding_runs.py"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu"
+)
+CASES = "1x8 heads", "2x4 heads", "8x1", "1x8 segments", "2x4 segments", "2x2x2"
+# As Mamba-Codestral-7B: 8 groups, 64 layers.
+SEVEN = Mamba2Config(
+    vocab_size=32768,
+    d_model=4096,
+    n_layers=64,
+    n_heads=128,
+    n_groups=8,
+    tie_embeddings=False,
+)
+SMALL = Mamba2Config(
+    vocab_size=256, d_model=128, n_layers=1, n_heads=16, n_groups=8, chunk_size=32
+)
+
+
+def start(*args):
+    """A process of its own: how many devices there are is fixed when JAX starts."""
+    env = os.environ | {"PYTHONPATH": str(Path(ssdlib.__file__).parent.parent)}
+    command = [sys.executable, str(RUNS), *map(str, args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def result(process):
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err[-2000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return result(start("eight"))
+
+
+@pytest.fixture(scope="module")
+def two():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [result(p) for p in [start("two", port, rank) for rank in (0, 1)]]
+
+
+# --- the same result -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_equal_one_in_prefill_padding_and_decode(eight, case):
+    assert len(eight[case]) == 8
+    for what, error in eight[case].items():
+        assert error <= 1e-6, what
+
+
+@pytest.mark.parametrize("regime", ["weak decay", "published", "mixed decay"])
+def test_segments_combined_across_devices_equal_the_definition(eight, regime):
+    errors = eight["ssd"][regime]
+    assert errors["y"] <= 1e-12
+    assert errors["h"] <= 1e-12
+
+
+@pytest.mark.parametrize("regime", ["weak decay", "published", "mixed decay"])
+def test_the_check_fails_when_one_state_gets_lost(eight, regime):
+    assert eight["ssd"][regime]["broken"] > 1e-3
+
+
+@pytest.mark.parametrize("what", ["heads", "segments"])
+def test_two_processes_load_their_slices_and_equal_one(two, what):
+    for run in two:
+        assert (run["processes"], run["devices"]) == (2, 2)
+        assert run[f"{what}, error"] <= 2e-6  # eight layers
+
+
+def test_a_process_reads_exactly_the_values_that_it_holds(two):
+    for run in two:
+        assert run["segments, read"] == run["segments, held"] == run["values"]
+        assert run["heads, read"] == run["heads, held"]
+        assert run["heads, held"] < 0.6 * run["values"]
+
+
+# --- what is sent --------------------------------------------------------------------
+
+
+def test_the_formula_counts_what_the_compiled_program_sends(eight):
+    counted, formula = eight["sent"]
+    assert counted == formula
+
+
+def sent(config, mesh, b, T, dtype=jnp.float32):
+    """Bytes by kind in the compiled text; they are those of the formula."""
+    text = traffic.compile_over(config, mesh, b, T, dtype).as_text()
+    counts = {kind: total for kind, (_, total) in traffic.counted(text).items()}
+    assert counts == traffic.formula(config, mesh, b, T, jnp.dtype(dtype).itemsize)
+    return counts
+
+
+@needs_libtpu
+def test_on_v6e_segments_send_states_however_long_they_are():
+    mesh = sharding.make_mesh(seq=8, devices=tpu_slice("v6e:2x4"))
+    short, long = (sent(SMALL, mesh, 1, T) for T in (8 * 32, 8 * 96))
+    assert short == long
+    state = 4 * SMALL.n_heads * SMALL.head_dim * SMALL.d_state
+    assert short["collective-permute"] < 5 * state  # three rounds, one shift, a little
+
+
+@needs_libtpu
+def test_on_v6e_heads_send_one_residual_a_layer():
+    mesh = sharding.make_mesh(data=2, model=4, devices=tpu_slice("v6e:2x4"))
+    for L in (1, 2):
+        counts = sent(replace(SMALL, n_layers=L), mesh, 4, 1, jnp.bfloat16)
+        assert counts == {"all-reduce": (L + 1) * 4 * 2 * SMALL.d_model}
+
+
+@needs_libtpu
+def test_256_chips_run_one_program_with_segments_and_heads():
+    mesh = sharding.make_mesh(seq=16, model=16, devices=tpu_slice("v6e:16x16"))
+    assert mesh.size == 256
+    counts = sent(SMALL, mesh, 1, 16 * 32)
+    assert set(counts) == {"all-reduce", "collective-permute"}
+    sent(SMALL, mesh, 1, 1)
+
+
+@needs_libtpu
+def test_a_model_of_7b_with_8_groups_fits_a_v6e_slice():
+    """Two layers are compiled; a layer's weights and cache are added for the rest."""
+    mesh = sharding.make_mesh(model=8, devices=tpu_slice("v6e:2x4"))
+    b = 8
+    bytes_ = []
+    for L in (1, 2):
+        config = replace(SEVEN, n_layers=L)
+        stats = traffic.compile_over(config, mesh, b, 1, jnp.bfloat16).memory_analysis()
+        new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        bytes_.append(stats.argument_size_in_bytes + stats.temp_size_in_bytes + new)
+    total = bytes_[0] + (SEVEN.n_layers - 1) * (bytes_[1] - bytes_[0])
+    shapes = jax.eval_shape(
+        lambda: ssdlib.init_params(SEVEN, jax.random.key(0), jnp.bfloat16)
+    )
+    weights = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(shapes))
+    assert 7e9 < sum(v.size for v in jax.tree.leaves(shapes)) < 8e9
+    assert weights / 8 < total < 1.5 * weights / 8
+    assert total < 0.1 * ssdlib.roofline.HARDWARE["tpu-v6e"].memory
+
+
+# --- layout and bad input ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("G", "n"), [(1, 8), (2, 8), (8, 8), (8, 2), (2, 1)])
+def test_every_row_of_xBC_has_its_device(G, n):
+    """Each x on one device, each B and C where its heads are, in the model's order."""
+    config = Mamba2Config.tiny(n_heads=8, n_groups=G)
+    mesh = jax.sharding.AbstractMesh((1, 1, n), ("data", "seq", "model"))
+    d, GN, N = config.d_inner, G * config.d_state, config.d_state
+    for i in range(n):
+        (x0, x1), *groups = sharding._rows(config, mesh, "xBC", i)
+        heads = range(x0 // config.head_dim, x1 // config.head_dim)
+        assert len(heads) == 8 // n
+        want = sorted({head * G // 8 for head in heads})
+        for (first, last), start_ in zip(groups, (d, d + GN), strict=True):
+            assert list(range((first - start_) // N, (last - start_) // N)) == want
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_mesh_that_does_not_fit_is_named():
+    def mesh(data, model):
+        return jax.sharding.AbstractMesh((data, 1, model), ("data", "seq", "model"))
+
+    for heads, groups, n in ((8, 2, 3), (12, 4, 6), (4, 1, 8)):
+        config = Mamba2Config.tiny(n_heads=heads, n_groups=groups)
+        with pytest.raises(ValueError, match=rf"mesh: model = {n}; it must divide"):
+            sharding.local_config(config, mesh(1, n))
+    config, token = Mamba2Config.tiny(), np.zeros(3, np.int32)
+    calls = (
+        lambda: parallel.prefill(None, config, mesh(2, 1), token[:, None]),
+        lambda: parallel.decode_step(None, config, mesh(2, 1), token, None),
+        lambda: sharding.init_cache(config, mesh(2, 1), 3),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"mesh: data = 2; .* batch size 3"):
+            call()
+
+
+@pytest.mark.usefixtures("as_user")
+def test_parameters_and_caches_of_another_layout_are_named():
+    """Rows of xBC in the model's order would fit, and compute something else."""
+    config, token = Mamba2Config.tiny(), np.zeros(3, np.int32)
+    params = ssdlib.init_params(config, jax.random.key(0))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"params: .* sharding.shard"):
+        parallel.prefill(params, config, mesh, token[:, None])
+    sharded = sharding.shard(params, config, mesh)
+    cache = ssdlib.init_cache(config, 2)
+    with pytest.raises(ValueError, match=r"cache: .* this mesh and batch need"):
+        parallel.decode_step(sharded, config, mesh, token, cache)
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_checkpoint_without_slices_is_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    params, config = ssdlib.load("tiny")
+    ssdlib.save(tmp_path, params, config)
+    file = tmp_path / "model.safetensors"
+    from safetensors.torch import load_file
+
+    torch.save(load_file(file), tmp_path / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: no slices; convert it"):
+        sharding.load(tmp_path, sharding.make_mesh())
