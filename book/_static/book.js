@@ -1,0 +1,21 @@
+// What the theme and Markdown leave to be done for readers who use keyboard or ears.
+document.addEventListener("DOMContentLoaded", () => {
+  // A folded cell is named by its visible words, not by "Toggle hidden content".
+  document.querySelectorAll("summary[aria-label]").forEach((summary) => {
+    summary.removeAttribute("aria-label");
+  });
+  // The empty corner of a table is no heading; Markdown cannot say so.
+  document.querySelectorAll("article th").forEach((cell) => {
+    if (!cell.textContent.trim()) cell.replaceWith(document.createElement("td"));
+  });
+  // A box that scrolls can be reached by Tab, then scrolled with the arrow keys. The theme
+  // sees to code and tables.
+  const watch = new ResizeObserver((entries) => {
+    entries.forEach(({ target }) => {
+      if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+      else target.removeAttribute("tabindex");
+    });
+  });
+  const boxes = "article :is(.figure, div.math, div[style*='overflow'])";
+  document.querySelectorAll(boxes).forEach((box) => watch.observe(box));
+});
