@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+SITE = Path(__file__).parents[2] / "_build/html"
 LIMIT = 1_500_000  # bytes of HTML a page
 VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 VERBATIM = {"pre", "code", "script", "style", "svg", "textarea"}  # not prose

@@ -5,11 +5,9 @@ import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-SITE = Path(__file__).parents[2] / "_build/html"
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 
 
@@ -37,7 +35,7 @@ def serve():
 
 @pytest.fixture(scope="session")
 def browser():
-    """Chromium, driven by Playwright. Without one the tests are skipped, but not in CI."""
+    """Chromium, driven by Playwright. Without it a test is skipped, but not in CI."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     try:
         from playwright.sync_api import sync_playwright

@@ -7,7 +7,7 @@ import checks
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = checks.read(ROOT / "_build/html")
+PAGES = checks.read(checks.SITE)
 ARTICLE = "<html><body><article>{}</article></body></html>"
 FAULTS = {  # for each check, pieces of a page that it must refuse
     checks.broken_links: [
@@ -51,8 +51,9 @@ FAULTS = {  # for each check, pieces of a page that it must refuse
     ],
 }
 SOUND = """<h1 id="top">Title</h1><p>It costs $5, or 2 * 3 * 4; <code>$x$</code>.</p>
-<p><span class="math">\\(x\\)</span> <a href="#top">up</a> <a href="other.html#there">on</a>
-<a href="https://a.org">a page elsewhere</a></p><img src="other.html" alt="a plot">
+<p><span class="math">\\(x\\)</span> <a href="#top">up</a>
+<a href="other.html#there">on</a> <a href="https://a.org">a page elsewhere</a>
+</p><img src="other.html" alt="a plot">
 <svg aria-label="a curve"><path/></svg><pre>{ref}`x` ::: **</pre>"""
 
 
