@@ -15,7 +15,7 @@ SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* tests/golden/*) requireme
   $(wildcard book/results/*.* book/results/*/*))
 
 .NOTPARALLEL:
-.PHONY: help book serve test lint pytest notebooks extras format bench lock clean FORCE
+.PHONY: help book serve site pdf test lint pytest notebooks extras format bench lock clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,14 @@ book: $(READY) _build/sources ## run the chapters that changed and build the boo
 serve: ## serve the built book on http://127.0.0.1:8000
 	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
 	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory _build/html
+
+site: $(READY) ## test the built book in Chromium (after make extras, make book)
+	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
+	$(BIN)/pytest tests/site -rs -p no:cacheprovider --durations=5
+
+pdf: $(READY) ## print the built book to _build/book.pdf (after make extras, make book)
+	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
+	$(BIN)/python tools/print_book.py
 
 test: lint pytest notebooks ## lint, then the tests, then every chapter
 
@@ -68,7 +76,7 @@ clean: ## remove everything that make has made
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The chapters' results in CI are those of the CPU; set JAX_PLATFORMS to run elsewhere.
-book test pytest notebooks: export JAX_PLATFORMS ?= cpu
+book site test pytest notebooks: export JAX_PLATFORMS ?= cpu
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("This needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v)'
