@@ -1,6 +1,6 @@
 """What the chapters share: set-up, computed prose, library source, inline figures.
 
-Needs the `book` extra (matplotlib, ipython).
+Needs the `book` extra (matplotlib, ipython, ipywidgets).
 """
 
 import ast
@@ -11,6 +11,7 @@ import os
 import re
 import textwrap
 
+import ipywidgets as widgets
 import jax
 import matplotlib
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from IPython.display import HTML, Markdown, display
 
 from ssdlib import hlo
 
-__all__ = ["COLORS", "compiled", "say", "show", "source", "start"]
+__all__ = ["COLORS", "compiled", "explore", "say", "show", "source", "start"]
 
 COLORS = ["#2f7ed8", "#d9822b", "#2a9d6e", "#cc4778", "#8a63d2", "#7f7f7f"]
 _INK = "#010203"  # stands for the page's own text color, light or dark
@@ -98,6 +99,32 @@ def compiled(name: str, fn, *args, target: str, live: bool = True, **options):
 
 def show(figure, alt: str) -> None:
     """The figure as inline SVG that takes the page's text color; `alt` describes it."""
+    display(HTML(_svg(figure, alt)))
+
+
+def explore(label: str, values, draw, first: int = 0) -> None:
+    """A slider over figures: `draw(value)` gives a figure and its alt text.
+
+    All frames are drawn now, and the browser links slider and frame: so the figure is
+    alive in the static page too, by mouse and by arrow keys. `first` is the index of
+    the frame that is seen first.
+    """
+    wide = widgets.Layout(width="100%")
+    frames = [widgets.HTML(_svg(*draw(value)), layout=wide) for value in values]
+    stack = widgets.Stack(frames, selected_index=first, layout=wide)
+    options = [(f"{value:,}", value) for value in values]
+    slider = widgets.SelectionSlider(
+        options=options,
+        index=first,
+        description=label,
+        layout=wide,
+        style={"description_width": "initial"},
+    )
+    widgets.jslink((slider, "index"), (stack, "selected_index"))
+    display(widgets.VBox([slider, stack], layout=wide))
+
+
+def _svg(figure, alt: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -112,4 +139,4 @@ def show(figure, alt: str) -> None:
     width = 110 * figure.get_figwidth()  # pixels; a small figure is not blown up
     about = f'role="img" aria-label="{label}" style="width: min(100%, {width:.0f}px)"'
     svg = svg.replace("<svg", f"<svg {about}", 1)
-    display(HTML(f'<div class="figure">{svg}</div>'))
+    return f'<div class="figure">{svg}</div>'
