@@ -1,130 +1,19 @@
 """Every page, opened in Chromium: by mouse, by keyboard, on a phone, on paper."""
 
-import json
 import re
-from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from checks import SITE
-from PIL import Image
+from visit import Visit
 
-PAGES = {p.stem: p for p in sorted((SITE / "book").glob("*.html"))}
-SLIDERS = [n for n, p in PAGES.items() if "SliderModel" in p.read_text()]
-AXE = (Path(__file__).parent / "axe/axe.min.js").read_text()
+PAGES = {
+    str(p.relative_to(SITE)): text
+    for p in sorted(SITE.rglob("*.html"))
+    if "_static" not in p.parts and "<article" in (text := p.read_text())
+}
+SLIDERS = [name for name, text in PAGES.items() if "SliderModel" in text]
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
-
-# What the theme, not the book, does: accepted outside the article only, but for the
-# bibliography, which docutils and sphinxcontrib-bibtex write.
-THEME_RULES = {
-    "label-content-name-mismatch",  # search and color buttons: "Search", text "Ctrl+K"
-    "region",  # the title beside the logo lies in no landmark
-}
-MATH_RULES = {"empty-table-header"}  # a heading of MathML alone, which axe cannot read
-BIBLIOGRAPHY_RULES = {
-    "aria-allowed-role",
-    "aria-deprecated-role",
-    "aria-required-children",
-}
-KNOWN = {
-    "theme": THEME_RULES,
-    "math": MATH_RULES,
-    "bibliography": BIBLIOGRAPHY_RULES,
-}
-THEME_LOGS = (  # notes to the console that tell of no fault
-    "[PST]: ",  # pydata-sphinx-theme: which mode, where the sidebar is
-    "[togglebutton]: ",
-    "strict mode: use allowUnionTypes",  # the widget manager, about its own schema
-)
-
-
-class Visit:
-    """An open page and what it said and asked for since it was opened."""
-
-    def __init__(self, context, address, path):
-        self.page = context.new_page()
-        self.console, self.asked = [], []
-        self.page.on("console", lambda m: self.console.append(m.text))
-        self.page.on("pageerror", lambda e: self.console.append(str(e)))
-        self.page.on("requestfailed", lambda r: self.console.append(f"no {r.url}"))
-        self.page.on("request", lambda r: self.asked.append(r.url))
-        self.page.goto(f"{address}/{path}")
-        self.page.evaluate("window.MathJax && MathJax.startup.promise.then(() => 1)")
-        if "SliderModel" in self.page.content():
-            self.page.wait_for_selector(".noUi-handle")
-        self.address = address
-
-    def complaints(self):
-        return [m for m in self.console if not m.startswith(THEME_LOGS)]
-
-    def other_hosts(self):
-        mine = self.address, "data:", "blob:"
-        return [url for url in self.asked if not url.startswith(mine)]
-
-    def bare_math(self):
-        """Formulas that MathJax refused or never saw."""
-        return self.page.evaluate(r"""() => {
-          const bad = [...document.querySelectorAll("mjx-merror")];
-          const math = document.querySelectorAll("article .math");
-          bad.push(...[...math].filter((e) => !e.querySelector("mjx-container")));
-          const walk = document.createTreeWalker(
-            document.querySelector("article"), NodeFilter.SHOW_TEXT);
-          for (let n; (n = walk.nextNode()); )
-            if (/\$[^$\s][^$]*\$|\$\$|\\[(\[]|\\(frac|text|tag)\b/.test(n.data)
-                && !n.parentElement.closest("pre, code, script, style"))
-              bad.push(n);
-          return bad.map((e) => e.textContent.slice(0, 60));
-        }""")
-
-    def barriers(self):
-        """What axe-core finds: {rule: elements}, less what the theme is known for."""
-        if not self.page.evaluate("'axe' in window"):
-            self.page.evaluate(AXE)
-        found = self.page.evaluate("""async () => {
-          const run = await axe.run(document, {resultTypes: ["violations"]});
-          const where = (node) => {
-            const e = document.querySelector(node.target.at(-1));
-            const place = !e?.closest("article") ? "theme"
-              : e.closest(".citation-list") ? "bibliography"
-              : e.querySelector("mjx-assistive-mml") ? "math" : "article";
-            return [place, node.html.slice(0, 100)];
-          };
-          return run.violations.flatMap((v) => v.nodes.map((n) => [v.id, ...where(n)]));
-        }""")
-        return [f for f in found if f[0] not in KNOWN.get(f[1], ())]
-
-    def sticking_out(self):
-        """What is wider than the window and in no box that scrolls."""
-        return self.page.evaluate("""() => {
-          const root = document.documentElement;
-          const wide = (e) => {
-            if (e.getBoundingClientRect().right <= root.clientWidth + 1) return false;
-            for (let a = e.parentElement; a.localName != "article"; a = a.parentElement)
-              if (getComputedStyle(a).overflowX != "visible") return false;
-            return true;
-          };
-          const bad = [...document.querySelectorAll("article *")].filter(wide)
-            .map((e) => e.outerHTML.slice(0, 80));
-          if (root.scrollWidth > root.clientWidth) bad.push("the page itself");
-          return bad;
-        }""")
-
-    def scales(self):
-        """Pixels a unit of each drawing: its 11 pt text is 11 times that high."""
-        return self.page.evaluate("""() => [...document.querySelectorAll(".figure svg")]
-          .map((e) => e.getBoundingClientRect().width / e.viewBox.baseVal.width)""")
-
-    def theme(self, mode):
-        """Press the color button until the page is in that mode."""
-        for _ in range(3):
-            if self.page.get_attribute("html", "data-theme") == mode:
-                return
-            self.page.click(".theme-switch-button:visible")
-        raise AssertionError(f"the button does not lead to {mode}")
-
-    def pixels(self):
-        return np.asarray(Image.open(BytesIO(self.page.screenshot())).convert("L"))
 
 
 def profile(browser, address):
@@ -149,7 +38,7 @@ def desk(browser, address):
 
 @pytest.fixture(scope="module", params=PAGES)
 def visit(request, desk, address):
-    visit = Visit(desk, address, f"book/{request.param}.html")
+    visit = Visit(desk, address, request.param)
     yield visit
     visit.page.close()
 
@@ -193,30 +82,40 @@ def test_paper_shows_the_text_alone(visit):
 
 
 def test_the_figures_to_play_with_are_there():
-    assert {"06_generation", "08_roofline"} <= set(SLIDERS)
+    assert {"book/06_generation.html", "book/08_roofline.html"} <= set(SLIDERS)
 
 
 @pytest.mark.parametrize("name", SLIDERS)
 def test_every_slider_changes_its_figure_by_keyboard_and_by_mouse(name, desk, address):
-    page = Visit(desk, address, f"book/{name}.html").page
+    page = Visit(desk, address, name).page
     for handle in page.query_selector_all(".noUi-handle"):
-        assert handle.get_attribute("aria-label") not in (None, "", "slider")
-        handle.scroll_into_view_if_needed()
         first = shown(handle)
         assert "<svg" in first
+        assert handle.get_attribute("aria-label") not in (None, "", "slider")
         handle.press("ArrowRight")
         second = changed(handle, first)
-        box = handle.bounding_box()
-        rail = handle.evaluate_handle("e => e.closest('.noUi-target')").as_element()
-        end = rail.bounding_box()
-        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        page.mouse.down()
-        page.mouse.move(end["x"] + end["width"], box["y"] + 5, steps=5)
-        page.mouse.up()
-        third = changed(handle, second)
-        handle.press("Home")
-        assert changed(handle, third) == first
+        readout = handle.evaluate("""e => e.closest(".widget-slider")
+          .querySelector(".widget-readout").textContent""")
+        assert handle.get_attribute("aria-valuetext") == readout
+        handle.press("ArrowLeft")
+        assert changed(handle, second) == first
+        drag(handle, 1)
+        last = changed(handle, first)
+        drag(handle, 0)
+        changed(handle, last)
     page.close()
+
+
+def drag(handle, to):
+    """Pull the handle by mouse along its rail: 0 is the left end, 1 the right."""
+    handle.scroll_into_view_if_needed()
+    rail = handle.evaluate_handle("e => e.closest('.noUi-target')").as_element()
+    start, end = handle.bounding_box(), rail.bounding_box()
+    mouse, y = handle.owner_frame().page.mouse, start["y"] + start["height"] / 2
+    mouse.move(start["x"] + start["width"] / 2, y)
+    mouse.down()
+    mouse.move(end["x"] + to * end["width"], y, steps=5)
+    mouse.up()
 
 
 def shown(handle):
@@ -291,8 +190,7 @@ def test_a_broken_page_is_caught(method, browser, serve, tmp_path):
 
 
 def test_a_dead_slider_is_caught(desk, address):
-    name = SLIDERS[0]
-    page = Visit(desk, address, f"book/{name}.html").page
+    page = Visit(desk, address, SLIDERS[0]).page
     handle = page.query_selector(".noUi-handle")
     with pytest.raises(AssertionError, match="changes nothing"):
         changed(handle, shown(handle))
@@ -301,5 +199,5 @@ def test_a_dead_slider_is_caught(desk, address):
 
 def test_every_page_of_the_contents_is_visited():
     toc = (SITE.parents[1] / "_toc.yml").read_text()
-    listed = re.findall(r"^\s*(?:root|- file): book/(\S+)", toc, re.M)
-    assert set(listed) <= set(PAGES), json.dumps(listed)
+    listed = re.findall(r"^\s*(?:root|- file): (\S+)", toc, re.M)
+    assert {f"{name}.html" for name in listed} <= set(PAGES)
