@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -106,9 +106,8 @@ def command(args):
     words = ["python benchmarks/compare.py"]
     for name, value in vars(args).items():
         if name != "out":
-            words.append(
-                f"--{name} {','.join(value) if type(value) is list else value}"
-            )
+            text = ",".join(value) if isinstance(value, list) else value
+            words.append(f"--{name} {text}")
     return " ".join(words)
 
 
@@ -127,17 +126,21 @@ class Peer:
         job = dict(name=name, dtype=dtype, folder=run.folder, threads=args.threads)
         job |= dict(batch=batch or args.batch, prompt=args.prompt)
         env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-        env.pop("OPENBLAS_CORETYPE", None)  # OpenBLAS then takes its best kernels
-        self.log = tempfile.TemporaryFile()
+        for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+            env.pop(name, None)  # OpenBLAS then takes its best kernels
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("peers.py"), json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log,
+            stderr=subprocess.DEVNULL,
             text=True,
             env=env,
         )
-        run.facts["versions"] |= self._answer()
+        try:
+            run.facts["versions"] |= self._answer()
+        except RuntimeError:
+            self.__exit__()
+            raise
 
     def __call__(self, *line):
         time.sleep(SETTLE)
@@ -151,9 +154,11 @@ class Peer:
             raise RuntimeError(answer["error"])
         return answer["value"]
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.communicate()  # its input ends, and so does it
 
 
 class Run:
@@ -163,24 +168,18 @@ class Run:
         self.args, self.folder, self.config, self.facts = args, folder, config, facts
 
     @contextmanager
-    def peer(self, name, *options):
-        """A worker; one that fails is named in the record, and the rest goes on."""
-        label = " ".join([name, *map(str, options[:1])])
+    def skipping(self, label):
+        """What fails in here is named in the record, and the rest goes on."""
         print(f"{label} ...", file=sys.stderr, flush=True)
-        peer = None
         try:
-            with ExitStack() as stack:
-                peer = Peer(self, name, *options)
-                stack.callback(peer.close)
-                yield peer
+            yield
         except (RuntimeError, ValueError) as error:
             self.facts["skipped"][label] = str(error)
             print(f"{label} skipped: {error}", file=sys.stderr)
 
     def pair(self, what, a, b, **more):
         """Time two samplers, (label, function) each, in interleaved rounds."""
-        keys = (a[0], what), (b[0], what)
-        samplers = dict(zip(keys, (a[1], b[1]), strict=True))
+        samplers = {(f"{what}, {label}", 1): sample for label, sample in (a, b)}
         seconds = bench.rounds(samplers, more.pop("repeats", self.args.repeats))
         self.facts["pairs"].append(
             report.compared(what, a[0], b[0], *seconds.values()) | more
@@ -192,22 +191,21 @@ class Run:
 
 def peers(run):
     """Every implementation and dtype against ours in float32."""
-    with run.peer("ours") as ours:
-        want = logits(run, ours)
-        n_ours = count(ours, run.args.tokens)
+    with run.skipping(report.BASE), Peer(run, "ours") as ours:
+        want, n = logits(run, ours), count(ours, run.args.tokens)
         for name in run.args.peers:
-            for dtype in PEERS[name][1]:
-                if dtype not in run.args.dtype or f"{name} {dtype}" == report.BASE:
+            for dtype in [d for d in PEERS[name][1] if d in run.args.dtype]:
+                label = f"{name} {dtype}"
+                if label == report.BASE:
                     continue
-                with run.peer(name, dtype) as peer:
+                with run.skipping(label), Peer(run, name, dtype) as peer:
                     same = report.agreement(logits(run, peer), want)
-                    n = count(peer, run.args.tokens)
-                    for what, mine, theirs in (
+                    for what, n_a, n_b in (
                         ("prefill", (), ()),
-                        ("decode", (n_ours,), (n,)),
+                        ("decode", (n,), (count(peer, run.args.tokens),)),
                     ):
-                        a = ours.label, partial(ours, what, *mine)
-                        b = peer.label, partial(peer, what, *theirs)
+                        a = ours.label, partial(ours, what, *n_a)
+                        b = label, partial(peer, what, *n_b)
                         run.pair(what, a, b, **same)
 
 
@@ -228,7 +226,7 @@ def limits(run):
     c = run.config
     in_projection = run.args.prompt, c.d_model, c.d_inner + c.d_xBC + c.n_heads
     for name in LIMITS:
-        with run.peer(name) as library:
+        with run.skipping(name), Peer(run, name) as library:
             run.facts["limits"][name] = {
                 "read": library("read"),
                 "in_projection": library("product", *in_projection),
@@ -238,10 +236,10 @@ def limits(run):
 
 def own(run):
     """What a call of `generate` adds to its steps, and what a batch gains."""
-    with run.peer("ours") as one:
+    with run.skipping(report.BASE), Peer(run, "ours") as one:
         a = "generate(256)", partial(one, "generate", 256)
         run.pair("token", a, ("256 bare steps", partial(one, "steps", 256)))
-        with run.peer("ours", "float32", 8) as eight:
+        with Peer(run, "ours", batch=8) as eight:
             n = count(one, run.args.tokens), count(eight, run.args.tokens)
             a = "batch 8", partial(eight, "decode", n[1])
             run.pair("decode", a, ("batch 1", partial(one, "decode", n[0])))
@@ -249,14 +247,14 @@ def own(run):
 
 def growth(run):
     """Time of a long prefill in one program against a short one."""
-    with run.peer("ours") as ours:
+    with run.skipping(report.BASE), Peer(run, "ours") as ours:
         a, b = ((f"{T} tokens", partial(ours, "long", T)) for T in (32768, 1024))
         run.pair("prefill", a, b, repeats=1)
 
 
 def context(run):
     """Time of a decode step after a long context against a short one."""
-    with run.peer("ours") as ours:
+    with run.skipping(report.BASE), Peer(run, "ours") as ours:
         a, b = (("after 65536", 65536), ("after 128", 128))
         for _, T in (a, b):
             ours("context", T)

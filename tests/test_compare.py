@@ -107,7 +107,10 @@ class FakePeer:
             np.save(args[0], np.eye(2, 8)[:, None])
         return {"prefill": 0.5, "decode": 0.25}.get(method, 2.0)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
 
@@ -148,7 +151,7 @@ def test_a_worker_reads_steps_times_and_reports_errors(checkpoint):
     folder, params, sizes = checkpoint
     args = compare.arguments(["--prompt", "9", "--batch", "2"])
     run = compare.Run(args, str(folder), sizes, {"versions": {}, "skipped": {}})
-    with run.peer("ours") as ours:
+    with compare.Peer(run, "ours") as ours:
         got = compare.logits(run, ours)
         assert ours("prefill") > 0 and ours("decode", 3) is not None
         with pytest.raises(RuntimeError, match="AttributeError"):
@@ -159,9 +162,9 @@ def test_a_worker_reads_steps_times_and_reports_errors(checkpoint):
     assert abs(got - want).max() / abs(want).max() < 1e-5
     assert run.facts["versions"]["jax"] == jax.__version__
     assert ours.process.returncode == 0
-    with run.peer("nobody"):
+    with run.skipping("nobody"), compare.Peer(run, "nobody"):
         raise AssertionError("it has no worker")
-    assert "nobody" in run.facts["skipped"]
+    assert run.facts["skipped"] == {"nobody": "KeyError: 'nobody'"}
 
 
 def test_tensors_get_the_names_and_shapes_of_llama_cpp():
