@@ -90,12 +90,9 @@ class Ours(Worker):
 
     def steps(self, n):
         """Seconds of a bare step: n compiled steps that the host starts in turn."""
-        token, cache = (
-            self.tokens[:, -1],
-            self.lib.init_cache(
-                self.config, len(self.tokens), self.params["embedding"].dtype
-            ),
-        )
+        dtype = self.params["embedding"].dtype
+        token, b = self.tokens[:, -1], len(self.tokens)
+        cache = self.lib.init_cache(self.config, b, dtype)
         start = time.perf_counter()
         for _ in range(n):
             token, cache = self.step(self.params, token, cache)
@@ -121,31 +118,22 @@ class Ours(Worker):
 class Limits:
     """What this machine can do, by one library: the best of a second of tries."""
 
-    packages = ()
-
     def __init__(self, job):
-        self.name, self.threads = job["name"], job["threads"]
-        if self.name == "torch":
+        self.package = {"XLA": "jaxlib"}.get(job["name"], job["name"].lower())
+        self.array, self.jit, self.wait = np.asarray, lambda fn: fn, lambda value: None
+        if job["name"] == "torch":
             import torch
 
-            torch.set_num_threads(self.threads)
-            self.array, self.sum = torch.from_numpy, torch.sum
-            self.jit, self.wait = lambda fn: fn, lambda value: None
-        elif self.name == "XLA":
+            torch.set_num_threads(job["threads"])
+            self.array = torch.from_numpy
+        elif job["name"] == "XLA":
             import jax
 
-            self.array, self.sum = jax.numpy.asarray, jax.numpy.sum
-            self.jit, self.wait = jax.jit, jax.block_until_ready
-        else:
-            self.array, self.sum = np.asarray, np.sum
-            self.jit, self.wait = lambda fn: fn, lambda value: None
+            self.array, self.jit = jax.numpy.asarray, jax.jit
+            self.wait = jax.block_until_ready
 
     def versions(self):
-        return (
-            {}
-            if self.name == "XLA"
-            else {self.name.lower(): metadata.version(self.name.lower())}
-        )
+        return {self.package: metadata.version(self.package)}
 
     def best(self, fn, *args):
         """Seconds of the fastest run."""
@@ -158,9 +146,10 @@ class Limits:
 
     def read(self):
         """Bytes a second: a sum, or a matrix times a vector, over 512 MiB."""
-        W, v = self.array(np.ones((2**14, 2**13), np.float32)), np.ones(2**13)
-        v = self.array(v.astype(np.float32))
-        return 2**29 / min(self.best(self.sum, W), self.best(lambda W, v: W @ v, W, v))
+        shapes = (2**14, 2**13), 2**13
+        W, v = (self.array(np.ones(shape, np.float32)) for shape in shapes)
+        total = self.best(lambda W: W.sum(), W)
+        return 2**29 / min(total, self.best(lambda W, v: W @ v, W, v))
 
     def product(self, m, k, n):
         """FLOP/s of (m, k) x (k, n) in float32, in the better of two layouts."""
