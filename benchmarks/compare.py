@@ -42,6 +42,7 @@ from ssdlib import bench, record
 WHAT = "peers", "limits", "own", "growth", "context"
 SETTLE = 0.1  # seconds: the threads of the last one stop spinning
 SAMPLE = 2.0  # seconds of decoding in a sample, at most about
+FEW = 8  # tokens of the least sample
 SQUARE = 3000  # rows of the large product
 
 
@@ -217,8 +218,8 @@ def logits(run, peer):
 
 def count(peer, most):
     """Tokens of a decode sample: compiled and warm, about SAMPLE seconds at most."""
-    peer("decode", 2)
-    return max(2, min(most, round(SAMPLE / peer("decode", 2))))
+    peer("decode", FEW)
+    return max(FEW, min(most, round(SAMPLE / max(1e-6, peer("decode", FEW)))))
 
 
 def limits(run):
