@@ -128,7 +128,7 @@ class LlamaCpp(Worker):
         )
         settings = C.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = 2**20, b
-        settings.n_batch, settings.n_ubatch = b * T, self.job.get("ubatch", 512)
+        settings.n_batch = b * T
         settings.n_threads = settings.n_threads_batch = self.job["threads"]
         self.context = C.llama_init_from_model(self.model, settings)
         if not self.context:
