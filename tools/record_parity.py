@@ -20,9 +20,9 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/golden")]
-import make_golden as golden
-import oracle
-import test_recurrences as others
+import make_golden as golden  # noqa: E402
+import oracle  # noqa: E402
+import test_recurrences as others  # noqa: E402
 
 OUT = ROOT / "book/results/parity.json"
 
