@@ -183,7 +183,7 @@ def _memory(claim, evidence):
 
 
 def _length(claim, evidence):
-    """Time after the longest text over that after the shortest, in every run."""
+    """Time after the longest text over that after the shortest, within the spread."""
     program, by = evidence.program("step", "l40s"), _bench("decode", "l40s")
     computed = "one program for all lengths" if program else ""
     runs = [rows for run in evidence.runs if len(rows := _of(run, "decode")) > 1]
@@ -195,9 +195,7 @@ def _length(claim, evidence):
 
     worst = max(runs, key=growth)
     measured = f"at most {growth(worst):.2f} times as long {_span(worst)}"
-    holds = all(
-        growth(rows, "lowest", "highest") < 1.2 for rows in runs
-    )  # beyond noise
+    holds = all(growth(rows, "lowest", "highest") < 1.2 for rows in runs)
     exact = any(rows[0]["chip"] == "l40s" for rows in runs)
     return Finding(computed, measured, _held(holds, exact), by)
 
