@@ -11,59 +11,20 @@ column. Their numbers come from paper.json, from records and from `roofline.HARD
 without these a cell is empty. Chapter 09 shows the table.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-from ssdlib import hlo, roofline
-from ssdlib.config import PRESETS, Mamba2Config
+from ssdlib import roofline
+from ssdlib.config import Mamba2Config
+from ssdlib.evidence import TARGETS, Evidence, names, rows_of
 from ssdlib.hlo_view import Table, count
 
-__all__ = ["CLOCK", "VERDICTS", "Evidence", "Finding", "judge", "load", "table"]
+__all__ = ["CLOCK", "VERDICTS", "Finding", "judge", "table"]
 
 VERDICTS = "reproduced", "supported", "contradicted", "not settled here"
 REPRODUCED, SUPPORTED, CONTRADICTED, OPEN = VERDICTS
 CLOCK = 1.75e9  # cycles a second of a v6e: an assumption, Google publishes none
-TARGETS = "cpu", "l40s", "tpu-v6e"  # one of each backend
 ROUNDING = 1e-5  # between two programs in float32, as in tests/test_parity.py
 HOST = {"infeed", "outfeed", "send", "recv", "send-done", "recv-done"}
-
-
-def _recorded(name: str, target: str) -> hlo.Compiled | None:
-    return hlo.load_record(name, target) if hlo.has_record(name, target) else None
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What verdicts rest on; `Evidence()` is none at all."""
-
-    runs: Sequence[dict] = ()  # records of `bench`
-    parity: dict = field(default_factory=dict)  # record of tools/record_parity.py
-    program: Callable[[str, str], hlo.Compiled | None] = lambda name, target: None
-    chips: dict[str, roofline.Chip] = field(default_factory=dict)
-
-    def rows(self, what: str) -> list[dict]:
-        """What was timed in all runs, and on what."""
-        return [row for run in self.runs for row in _of(run, what)]
-
-    def cases(self, name: str = "") -> list[dict]:
-        """Comparisons with other implementations."""
-        cases = self.parity.get("cases", {})
-        return [case for key, case in cases.items() if key.startswith(name)]
-
-    def of_sizes(self, name: str) -> dict[str, hlo.Compiled]:
-        """Size -> program for a v6e, where it is recorded."""
-        found = {size: self.program(f"{name}_{size}", "tpu-v6e") for size in PRESETS}
-        return {size: program for size, program in found.items() if program}
-
-    def __or__(self, other: "Evidence") -> "Evidence":
-        """This, and the runs and comparisons of other."""
-        theirs = {f"{k} (again)": v for k, v in other.parity.get("cases", {}).items()}
-        cases = self.parity.get("cases", {}) | theirs
-        parity = self.parity | ({"cases": cases} if cases else {})
-        return Evidence([*self.runs, *other.runs], parity, self.program, self.chips)
 
 
 class Finding(NamedTuple):
@@ -73,15 +34,6 @@ class Finding(NamedTuple):
     measured: str
     verdict: str
     by: str
-
-
-def load(folder: Path = hlo.RECORDS) -> tuple[list[dict], Evidence]:
-    """(claims, evidence): paper.json, and everything that the book has recorded."""
-    claims = json.loads((folder / "paper.json").read_text())["claims"]
-    parity = json.loads((folder / "parity.json").read_text())
-    paths = sorted((folder / "runs").glob("*-*.json"))
-    runs = [json.loads(path.read_text()) for path in paths]
-    return claims, Evidence(runs, parity, _recorded, roofline.HARDWARE)
 
 
 def judge(claim: dict, evidence: Evidence) -> Finding:
@@ -150,7 +102,7 @@ def _ceiling(claim, evidence):
 
 def _speedup(claim, evidence):
     """Uncached over cached time, after the longest text that was measured."""
-    rows = [s | _names(run) for run in evidence.runs for s in run["speedups"]]
+    rows = [s | names(run) for run in evidence.runs for s in run["speedups"]]
     best, on_v6e = _best(rows, lambda s: (s["length"], s["ratio"]["median"]))
     ratio = best["ratio"]["median"] if best else 0
     measured = f"{ratio:.3g} times ({_at(best)})" if best else ""
@@ -171,7 +123,7 @@ def _memory(claim, evidence):
     """A step writes its cache over the last one; all runs have one size of it."""
     step = evidence.program("step_130m", "tpu-v6e")
     computed = f"{count(step.memory['alias'], 'B')}, updated in place" if step else ""
-    found = [(run["memory"]["cache"], _of(run, "decode")) for run in evidence.runs]
+    found = [(run["memory"]["cache"], rows_of(run, "decode")) for run in evidence.runs]
     found = [(size, rows) for size, rows in found if rows]
     if not found:
         return Finding(computed, "", OPEN, _bench("decode"))
@@ -186,7 +138,7 @@ def _length(claim, evidence):
     """Time after the longest text over that after the shortest, within the spread."""
     program, by = evidence.program("step", "l40s"), _bench("decode", "l40s")
     computed = "one program for all lengths" if program else ""
-    runs = [rows for run in evidence.runs if len(rows := _of(run, "decode")) > 1]
+    runs = [rows for run in evidence.runs if len(rows := rows_of(run, "decode")) > 1]
     if not runs:
         return Finding(computed, "", OPEN, by)
 
@@ -311,17 +263,6 @@ def _best(rows, key):
     """(the largest, whether it is of a v6e): a v6e's rows count before all others."""
     v6e = [row for row in rows if row["chip"] == "tpu-v6e"]
     return max(v6e or rows, key=key, default=None), bool(v6e)
-
-
-def _of(run: dict, what: str) -> list[dict]:
-    """The rows of one kind, the shortest first."""
-    rows = [row | _names(run) for row in run["rows"] if row["what"] == what]
-    return sorted(rows, key=lambda row: row["length"])
-
-
-def _names(run: dict) -> dict:
-    names = {"chip": run["device"]["name"], "model": run["model"]["name"]}
-    return names | {"dtype": run["dtype"], "batch": run["batch"]}
 
 
 def _at(row: dict) -> str:

@@ -39,6 +39,7 @@ ORDER = [  # a module imports only from those above it
     "hlo",
     "record",
     "bench",
+    "evidence",
     "claims",
     "notebook",
     "__init__",
