@@ -45,16 +45,17 @@ def table(
     claims: list[dict], evidence: Evidence, mine: Evidence | None = None
 ) -> Table:
     """A row for each claim; `mine`, of the reader, gets a column of its own."""
-    header = ["claim", "what the paper says", "computed or compiled", "measured here"]
-    header += [*["your machine"] * bool(mine), "verdict", "see, or run"]
+    header = ["claim", "verdict", "what the paper says", "computed or compiled"]
+    header += ["measured here", *["your machine"] * bool(mine), "see, or run"]
     rows = []
     for claim in claims:
-        found = judge(claim, evidence | mine if mine else evidence)
+        known = judge(claim, evidence)
+        found = judge(claim, evidence | mine) if mine else known
         said = claim["words"].format(**claim["numbers"])
         place = f"{' and '.join(claim['versions'])}, {claim['place']}"
-        row = [claim["title"], f"{said} ({place})", *judge(claim, evidence)[:2]]
+        row = [claim["title"], f"**{found.verdict}**", f"{said} ({place})", *known[:2]]
         row += [judge(claim, mine).measured] if mine else []
-        rows += [[*row, f"**{found.verdict}**", found.by]]
+        rows += [[*row, found.by]]
     return Table(header, rows, "", wrap=True)
 
 
@@ -160,7 +161,7 @@ def _backends(claim, evidence):
 
 
 def _kernels(claim, evidence):
-    text = "{found} custom calls in {all} kernels on {targets}"
+    text = "{found} custom calls in {all:,} kernels on {targets}"
     return _everywhere(evidence, "step", lambda op: op.kind == "custom", text)
 
 
@@ -168,7 +169,7 @@ def _host(claim, evidence):
     def visits(op):
         return op.opcode in HOST or "callback" in op.primitive
 
-    text = "{found} of {all} kernels on {targets} exchange data with it"
+    text = "{found} of {all:,} kernels on {targets} exchange data with it"
     return _everywhere(evidence, "generate", visits, text)
 
 

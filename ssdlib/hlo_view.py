@@ -61,11 +61,12 @@ class Table:
 
     def _repr_html_(self) -> str:
         show, space = (_marked, "normal") if self.wrap else (_code, "nowrap")
+        top = ";vertical-align:top" * self.wrap
 
         def row(cells, tag):
             style = ["right" if r else "left" for r in self.right]
             parts = (
-                f'<{tag} style="text-align:{s};padding:1px 6px">{show(c)}</{tag}>'
+                f'<{tag} style="text-align:{s};padding:1px 6px{top}">{show(c)}</{tag}>'
                 for c, s in zip(cells, style, strict=True)
             )
             return f"<tr>{''.join(parts)}</tr>"
