@@ -72,7 +72,7 @@ class Table:
             return f"<tr>{''.join(parts)}</tr>"
 
         body = "".join(row(cells, "td") for cells in self.rows)
-        width = ";min-width:56rem" if self.wrap else ""
+        width = f";min-width:{9 * len(self.header)}rem" if self.wrap else ""
         return (
             '<div style="overflow-x:auto">'
             f'<table style="font-size:75%;white-space:{space}{width}">'
