@@ -4,6 +4,7 @@ A view prints as text and displays as HTML or SVG in a notebook.
 """
 
 import html
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -29,10 +30,19 @@ def count(n: float | int | None, unit: str = "") -> str:
 
 
 class Table:
-    """Rows of text under a header, with a caption."""
+    """Rows of text under a header, with a caption.
 
-    def __init__(self, header: Sequence[str], rows: Sequence[Sequence], caption: str):
-        self.header, self.caption = list(header), caption
+    With wrap=True cells are sentences: they break, and know **bold** and `code`.
+    """
+
+    def __init__(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence],
+        caption: str,
+        wrap: bool = False,
+    ):
+        self.header, self.caption, self.wrap = list(header), caption, wrap
         self.rows = [[str(cell) for cell in row] for row in rows]
         self.right = [
             all(c[:1] in "0123456789.-" for c in column)
@@ -50,18 +60,22 @@ class Table:
         return "\n".join([*lines, self.caption])
 
     def _repr_html_(self) -> str:
+        show, space = (_marked, "normal") if self.wrap else (_code, "nowrap")
+        top = ";vertical-align:top" * self.wrap
+
         def row(cells, tag):
             style = ["right" if r else "left" for r in self.right]
             parts = (
-                f'<{tag} style="text-align:{s};padding:1px 6px">{_code(c)}</{tag}>'
+                f'<{tag} style="text-align:{s};padding:1px 6px{top}">{show(c)}</{tag}>'
                 for c, s in zip(cells, style, strict=True)
             )
             return f"<tr>{''.join(parts)}</tr>"
 
         body = "".join(row(cells, "td") for cells in self.rows)
+        width = f";min-width:{9 * len(self.header)}rem" if self.wrap else ""
         return (
             '<div style="overflow-x:auto">'
-            '<table style="font-size:75%;white-space:nowrap">'
+            f'<table style="font-size:75%;white-space:{space}{width}">'
             f"<thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
             f"</div><p><small>{html.escape(self.caption)}</small></p>"
         )
@@ -70,6 +84,11 @@ class Table:
 def _code(cell: str) -> str:
     text = html.escape(cell)
     return f"<code>{text}</code>" if any(c in cell for c in "[(=_→") else text
+
+
+def _marked(cell: str) -> str:
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(cell))
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
 
 def lines(program, rows: int) -> Table:

@@ -39,6 +39,8 @@ ORDER = [  # a module imports only from those above it
     "hlo",
     "record",
     "bench",
+    "evidence",
+    "claims",
     "notebook",
     "__init__",
     "__main__",
