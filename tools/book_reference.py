@@ -86,11 +86,12 @@ def arguments(fn) -> list[str]:
         what = "dtype" if p.name == "dtype" else ""
         if p.annotation is not p.empty:
             what = known(kind(p.annotation))
-        rows += [(f"``{p.name}``", what, "")]
+        if what:
+            rows += [(f"``{p.name}``", what, "")]
     back = signature.return_annotation
     if back not in (signature.empty, None):
         rows += [("*returns*", known(kind(back)), "")]
-    return table(rows if any(what for _, what, _ in rows) else [])
+    return table(rows)
 
 
 def fields(cls, lines: list[str]) -> list[str]:
@@ -108,6 +109,17 @@ def fields(cls, lines: list[str]) -> list[str]:
     return table(rows)
 
 
+def paragraphs(lines: list[str]) -> list[str]:
+    """A docstring as reStructuredText; an indented formula stays as it is typed."""
+    out, formula = [], False
+    for line in lines:
+        if line.startswith("    ") and not formula:
+            out += ["", "::", ""]
+        formula = line.startswith("    ")
+        out += [line if formula else markup(line)]
+    return out
+
+
 def is_record(obj) -> bool:
     """Whether obj is a class with fields: a dataclass or a NamedTuple."""
     named = isinstance(obj, type) and hasattr(obj, "_fields")
@@ -118,7 +130,7 @@ def signature(app, what, name, obj, options, args, result):
     """Names and defaults; what an array is stands in the table."""
     if is_record(obj):
         return "", None
-    if args is None:
+    if args is None or not callable(obj):
         return None
     plain = inspect.signature(obj)
     drop = [p.replace(annotation=p.empty) for p in plain.parameters.values()]
@@ -133,7 +145,7 @@ def docstring(app, what, name, obj, options, lines):
         middle = fields(obj, lines)
     elif callable(obj):
         middle = arguments(obj)
-    lines[:] = [markup(line) for line in lines]
+    lines[:] = paragraphs(lines)
     end = lines.index("") if "" in lines else len(lines)
     lines[end:] = ["", *middle, *lines[end:]]
 

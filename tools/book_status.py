@@ -42,7 +42,7 @@ class BuiltWith(Table):
         yield "Built with", "Which"
         yield "Time", facts["date"].replace("T", " ").replace("Z", " UTC")
         yield "Commit", facts["commit"] or "unknown"
-        yield "Device", f"{device['kind']} ({device['platform']})"
+        yield "Device", device["kind"]
         yield "Host", f"{device['host'] or 'unknown'}, {device['cores']} cores"
         for name in PACKAGES:
             versions[name] = metadata.version(name)
