@@ -57,6 +57,7 @@ def test_a_signature_on_an_api_page_holds_names_and_the_table_shapes(name):
         (Float[Array, "*batch T"], "float (…, T)"),
         (tuple[Float[Array, "b V"], ssdlib.Cache], "float (b, V), Cache"),
         (dict[str, int], "dict of str, int"),
+        (tuple[str, ...], "tuple of str"),
         (str | Path, "str or Path"),
         (jax.Array, "array"),
         ("Mamba2Config", "Mamba2Config"),

@@ -37,10 +37,10 @@ def kind(annotation) -> str:
         if len(words) > 1 and all(w[0] == words[0][0] and len(w) == 2 for w in words):
             return f"{words[0][0]} " + " or ".join(w[1] for w in words)
         return " or ".join(kinds)
-    if origin is tuple:
-        return ", ".join(kind(a) for a in args if a is not Ellipsis)
+    if origin is tuple and Ellipsis not in args:
+        return ", ".join(kind(a) for a in args)
     if origin is not None:  # dict[str, int], Iterator[...]
-        inner = ", ".join(kind(a) for a in args)
+        inner = ", ".join(kind(a) for a in args if a is not Ellipsis)
         return f"{origin.__name__} of {inner}" if inner else origin.__name__
     if isinstance(annotation, str):
         return annotation.split(".")[-1].strip("\"'")
@@ -133,7 +133,11 @@ def signature(app, what, name, obj, options, args, result):
     if args is None or not callable(obj):
         return None
     plain = inspect.signature(obj)
-    drop = [p.replace(annotation=p.empty) for p in plain.parameters.values()]
+    drop = [
+        p.replace(annotation=p.empty)
+        for p in plain.parameters.values()
+        if p.name != "self"
+    ]
     bare = plain.replace(parameters=drop, return_annotation=plain.empty)
     return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", str(bare)), None
 
