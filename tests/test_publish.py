@@ -98,6 +98,18 @@ def test_a_set_address_has_buttons_links_and_cells_that_install(copy):
             assert f'"ssdlib[chapters] @ git+{GITHUB}"' in first_cell(text)
 
 
+def test_style_and_the_readme_hold_with_a_long_address_too(copy, monkeypatch):
+    import readme
+
+    repository.set_repository(f"{GITHUB}-whose-name-is-long-enough-to-pass-88", copy)
+    for command in (["check"], ["format", "--check"]):
+        run = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+        done = subprocess.run(run, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    monkeypatch.setattr(readme, "ROOT", copy)
+    assert set(readme.figures()) == {"light", "dark"}
+
+
 def test_an_address_outside_github_has_no_launch_button(copy):
     repository.set_repository("https://git.example.org/x/y", copy)
     assert "launch_buttons:" not in (copy / "_config.yml").read_text()

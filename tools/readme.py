@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+import repository
+
 from ssdlib import hlo, notebook
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +128,8 @@ def trained():
 
 def figures() -> dict[str, str]:
     """The introduction's first figure as SVG, in ink for light and for dark pages."""
-    cells = json.loads((ROOT / "book/intro.ipynb").read_text())["cells"]
+    plain = repository.notebook((ROOT / "book/intro.ipynb").read_text(), None)
+    cells = json.loads(plain)["cells"]  # without %pip
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     until = next(i for i, text in enumerate(code) if "show(fig" in text)
     names: dict = {}
