@@ -138,8 +138,9 @@ def signature(app, what, name, obj, options, args, result):
         for p in plain.parameters.values()
         if p.name != "self"
     ]
-    bare = plain.replace(parameters=drop, return_annotation=plain.empty)
-    return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", str(bare)), None
+    bare = str(plain.replace(parameters=drop, return_annotation=plain.empty))
+    bare = re.sub(r"\*\*\w+", "...", bare)  # two asterisks look like stray Markdown
+    return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", bare), None
 
 
 def docstring(app, what, name, obj, options, lines):
