@@ -15,7 +15,8 @@ SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* tests/golden/*) requireme
   $(wildcard book/results/*.* book/results/*/*))
 
 .NOTPARALLEL:
-.PHONY: help book serve site pdf test lint pytest notebooks extras format bench lock clean FORCE
+.PHONY: help book serve site pdf test lint pytest notebooks extras format bench \
+  elsewhere readme repository lock clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -62,6 +63,15 @@ format: $(READY) ## format code and chapters, drop the chapters' outputs
 
 bench: $(READY) ## run every script in benchmarks/
 	@set -e; for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f"; done
+
+elsewhere: $(READY) ## run three chapters in a bare environment, installed as in Colab
+	$(BIN)/pytest -m slow tests/test_publish.py
+
+readme: $(READY) ## rewrite README.md's table and figure from the records
+	$(BIN)/python tools/readme.py
+
+repository: ## tell the book its address: URL=https://github.com/OWNER/NAME (or none)
+	@$(PYTHON) tools/repository.py "$(URL)"
 
 lock: ## rewrite requirements.txt from pyproject.toml (all newest: delete it first)
 	$(PYTHON) -m venv _build/uv

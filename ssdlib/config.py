@@ -75,7 +75,7 @@ class Mamba2Config:
 
     @classmethod
     def tiny(cls, **changes) -> "Mamba2Config":
-        """Sizes for tests: small, with two groups."""
+        """Sizes for tests: small, with two groups; fields given are set otherwise."""
         sizes = dict(vocab_size=61, d_model=24, n_layers=2, n_heads=4, head_dim=12)
         sizes |= dict(d_state=10, n_groups=2, chunk_size=8)
         return cls(**(sizes | changes))

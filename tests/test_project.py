@@ -46,6 +46,7 @@ ORDER = [  # a module imports only from those above it
     "__main__",
 ]
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
+TEMPLATE = ROOT / "book/_template.ipynb"  # what CONTRIBUTING.md tells to copy
 
 
 def imports(path):
@@ -93,7 +94,7 @@ def test_there_are_chapters():
     assert len(CHAPTERS) >= 5
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*CHAPTERS, TEMPLATE], ids=lambda p: p.stem)
 def test_a_chapter_keeps_the_house_rules(path):
     cells = json.loads(path.read_text())["cells"]
     text = ["".join(c["source"]) for c in cells]

@@ -1,0 +1,140 @@
+"""The reference pages: API from docstrings, glossary, status."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import book_reference
+import jax
+import pytest
+from jaxtyping import Array, Float, Int
+
+import ssdlib
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "book"
+API = {path: path.read_text() for path in sorted((BOOK / "api").glob("*.md"))}
+
+
+def shown(text):
+    """Names that an API page shows."""
+    return re.findall(r"^\.\. auto(?:function|class):: ssdlib\.([\w.]+)$", text, re.M)
+
+
+def test_every_public_name_is_on_one_api_page():
+    names = [name for text in API.values() for name in shown(text)]
+    assert set(ssdlib.__all__) <= set(names)
+    assert "hlo.Compiled" in names and len(names) == len(set(names))
+
+
+def test_every_api_page_is_in_the_table_of_contents_and_shows_something():
+    toc = (ROOT / "_toc.yml").read_text()
+    for path, text in API.items():
+        assert f"file: book/api/{path.stem}\n" in toc and shown(text)
+
+
+@pytest.mark.parametrize("name", ssdlib.__all__)
+def test_a_signature_on_an_api_page_holds_names_and_the_table_shapes(name):
+    obj = getattr(ssdlib, name)
+    lines = inspect.getdoc(obj).splitlines()
+    signature = book_reference.signature(None, "", name, obj, None, "()", None)[0]
+    book_reference.docstring(None, "", name, obj, None, lines)
+    text = "\n".join(lines)
+    assert not re.search(r"jaxtyping|\bArray\b", signature + text)
+    if inspect.isfunction(obj) and name != "compile_for":
+        for argument, p in inspect.signature(obj).parameters.items():
+            assert f"* - ``{argument}``\n" in text or p.annotation is p.empty
+            assert re.search(rf"\b{argument}\b", signature)
+
+
+@pytest.mark.parametrize(
+    "annotation, words",
+    [
+        (Float[Array, "b T H P"], "float (b, T, H, P)"),
+        (Int[Array, "b"] | None, "integer (b)"),
+        (Float[Array, "H"] | Float[Array, "b T H"], "float (H) or (b, T, H)"),
+        (Float[Array, "*batch T"], "float (…, T)"),
+        (tuple[Float[Array, "b V"], ssdlib.Cache], "float (b, V), Cache"),
+        (dict[str, int], "dict of str, int"),
+        (tuple[str, ...], "tuple of str"),
+        (str | Path, "str or Path"),
+        (jax.Array, "array"),
+        ("Mamba2Config", "Mamba2Config"),
+    ],
+)
+def test_an_annotation_reads_as_kind_and_shape(annotation, words):
+    assert book_reference.kind(annotation) == words
+
+
+def test_the_text_of_a_docstring_keeps_its_signs():
+    assert book_reference.markup("T 2⁻⁴⁸ Σ|log_a|, fn(*args)") == (
+        r"T 2⁻⁴⁸ Σ\|log\_a\|, fn(\*args)"
+    )
+    assert book_reference.markup("`x`s by `load`.") == (
+        r"``x``\ s by :py:obj:`load <ssdlib.load>`."
+    )
+    formula = ["With U:", "", "    y_t = h_t C_t", "", "where"]
+    assert "    y_t = h_t C_t" in book_reference.paragraphs(formula)
+    assert "::" in book_reference.paragraphs(formula)
+
+
+def test_a_field_has_its_comment_and_its_default():
+    lines = inspect.getdoc(ssdlib.Mamba2Config).splitlines()
+    text = "\n".join(book_reference.fields(ssdlib.Mamba2Config, lines))
+    assert "   * - ``head_dim``\n     - int\n     - P; ``64`` if not given" in text
+    assert "   * - ``d_model``\n     - int\n     - width of the residual" in text
+
+
+def glossary():
+    """(term, definition) pairs of the glossary."""
+    text = (BOOK / "glossary.md").read_text()
+    body = re.search(r"```\{glossary\}\n(.*?)```", text, re.S)[1]
+    return re.findall(r"^(\S.*)\n((?:  .*\n)+)", body, re.M)
+
+
+def test_the_glossary_is_sorted_short_and_points_to_chapters():
+    terms = [term.lower() for term, _ in glossary()]
+    assert terms == sorted(set(terms)) and len(terms) >= 40
+    for term, text in glossary():
+        chapters = re.findall(r"Chapter \[(\d+)\]\((\w+)\)", text)
+        assert len(chapters) == 1, term
+        (number, slug), prose = chapters[0], text.split(" Chapter [")[0]
+        assert (BOOK / f"{slug}.ipynb").exists() and int(number) == int(slug[:2])
+        assert len(prose.split()) <= 40 and prose.count(". ") <= 2
+
+
+def test_a_term_of_the_glossary_occurs_in_the_chapter_that_it_names():
+    for term, text in glossary():
+        slug = re.search(r"\]\((\w+)\)", text)[1]
+        cells = json.loads((BOOK / f"{slug}.ipynb").read_text())["cells"]
+        chapter = "\n".join("".join(cell["source"]) for cell in cells).lower()
+        word = term.lower().rstrip("e")  # donate, donated, donating
+        assert word in chapter or word.replace(" ", "-") in chapter, f"{term}: {slug}"
+
+
+def test_the_introduction_links_terms_to_the_glossary():
+    cells = json.loads((BOOK / "intro.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    linked = {m[1] or m[2] for m in re.finditer(r"\]\((?:#(\w+)|<#([^>]+)>)\)", text)}
+    assert len(linked) >= 5 and linked <= {term for term, _ in glossary()}
+
+
+@pytest.mark.filterwarnings("ignore")  # of what Sphinx imports
+def test_the_status_page_names_versions_and_hardware():
+    from book_status import BuiltWith
+
+    rows = dict(BuiltWith.rows(None))
+    assert rows["jax"] == jax.__version__
+    assert rows["Device"] == jax.devices()[0].device_kind
+    assert rows["Host"].endswith("cores") and {"python", "Sphinx", "Time"} <= set(rows)
+    text = (BOOK / "status.md").read_text()
+    assert "{built-with}" in text and "{chapter-times}" in text
+
+
+def test_the_map_of_the_introduction_holds_every_chapter():
+    cells = json.loads((BOOK / "intro.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    stops = re.search(r"^stops = \((.*?)^\)", text, re.M | re.S)[1]
+    chapters = re.findall(r"file: book/(\d+)_", (ROOT / "_toc.yml").read_text())
+    assert [int(n) for n in re.findall(r"\d+", stops)] == [int(n) for n in chapters]
