@@ -85,6 +85,31 @@ def model(shape, change):
     return errors
 
 
+def spread(shape):
+    """(error of forward's logits, greedy tokens equal, devices, split) for GSPMD."""
+    config = Mamba2Config.tiny(n_heads=8)
+    params = disturbed(ssdlib.init_params(config, jax.random.key(0)))
+    mesh = sharding.make_mesh(*shape)
+    there = sharding.spread(params, mesh)
+    rng = np.random.default_rng(2)
+    tokens, read = rng.integers(0, config.vocab_size, (2, 8, T))
+    _, cache = ssdlib.prefill(params, config, read)
+    split = sharding.spread(cache, mesh)
+    rows = jax.device_put(tokens, jax.NamedSharding(mesh, S("data")))
+    logits = ssdlib.forward(there, config, rows)
+    logits_star = ssdlib.forward(params, config, tokens)
+    got = ssdlib.generate(there, config, tokens, 24, cache=split)
+    want = ssdlib.generate(params, config, tokens, 24, cache=cache)
+    h, h_star = got.cache.h[0], want.cache.h[0]
+    return dict(
+        logits=float(error(logits, logits_star)),
+        h=float(error(h, h_star)),
+        tokens=bool((np.asarray(got.tokens) == np.asarray(want.tokens)).all()),
+        different=len(set(map(tuple, np.asarray(want.tokens)))),
+        held=h.addressable_data(0).size / h.size,
+    )
+
+
 def sent(shape, change):
     """(counted in the compiled text, formula) for prefill."""
     config = Mamba2Config.tiny(n_heads=8, vocab_size=64, **change)
@@ -166,6 +191,8 @@ if eight:
     regimes = ("weak decay", "published", "mixed decay")
     result["ssd"] = {name: segments(name) for name in regimes}
     result["sent"] = sent(*CASES["2x2x2"])
+    meshes = {"1x8": (1, 1, 8), "2x4": (2, 1, 4), "8x1": (8, 1, 1)}
+    result["spread"] = {name: spread(shape) for name, shape in meshes.items()}
 else:
     result = two(sys.argv[2], int(sys.argv[3]))
 print(json.dumps(result))

@@ -17,7 +17,9 @@ import nbformat
 from nbclient import NotebookClient
 
 BOOK = Path(__file__).parent.parent / "book"
-CHAPTERS = [BOOK / "07_hlo.ipynb", BOOK / "08_roofline.ipynb"]
+CHAPTERS = [
+    BOOK / f"{name}.ipynb" for name in ("07_hlo", "08_roofline", "12_scale_out")
+]
 
 
 def main() -> None:
