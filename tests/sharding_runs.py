@@ -148,7 +148,10 @@ def two(port, rank):
     """Each of two processes loads its slices, reads a text and writes three bytes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-    full, config = ssdlib.load("tiny")
+    # In float64, where a wrong program can't hide behind the rounding of eight layers.
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    full, config = ssdlib.load("tiny", np.float64)
     text = np.frombuffer(b"def forward(self, x):\n    return ", np.uint8)[None]
     text = np.repeat(text.astype(np.int32), 2, axis=0)
     result = {"processes": jax.process_count(), "devices": jax.device_count()}
@@ -162,7 +165,7 @@ def two(port, rank):
             return part
 
         with mock.patch.object(weights, "_read_safetensors", spy):
-            params, _ = sharding.load("tiny", mesh)
+            params, _ = sharding.load("tiny", mesh, np.float64)
         held = sum(v.addressable_data(0).size for v in jax.tree.leaves(params))
         result[f"{name}, read"] = sum(values)
         result[f"{name}, held"] = held

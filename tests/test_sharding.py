@@ -106,7 +106,7 @@ def test_forward_and_generate_run_on_a_mesh_as_they_are(eight, mesh):
 def test_two_processes_load_their_slices_and_equal_one(two, what):
     for run in two:
         assert (run["processes"], run["devices"]) == (2, 2)
-        assert run[f"{what}, error"] <= 2e-6  # eight layers
+        assert run[f"{what}, error"] <= 1e-6  # decays stay float32: about 3e-8
 
 
 def test_a_process_reads_exactly_the_values_that_it_holds(two):
