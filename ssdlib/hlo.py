@@ -31,6 +31,7 @@ __all__ = [
     "diff",
     "has_record",
     "load_record",
+    "read",
 ]
 
 _HERE = Path(__file__).parent  # a wheel carries the records, a checkout has the book
@@ -121,11 +122,14 @@ class Compiled:
         raise ValueError(f"name: {name!r} is no instruction of this program")
 
     def save(self, name: str) -> None:
-        """Write a record: JSON without paths, layouts kept, long texts left out."""
+        """Write a record: JSON without paths, layouts kept.
+
+        Of a long text only what is sent to other devices is kept.
+        """
         path = _path(name, self.target)
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         text = hlo_text.strip(self.hlo)
-        data["hlo"] = text if len(text) < 60_000 else ""
+        data["hlo"] = text if len(text) < 60_000 else hlo_text.sent(text)
         data["columns"] = [f.name for f in fields(Op)]
         data["ops"] = [astuple(op) for op in self.ops]
         packed = gzip.compress(json.dumps(data).encode(), 9, mtime=0)
@@ -144,7 +148,11 @@ def compile_for(fn, *args, target="cpu", donate_argnums=()) -> Compiled:
     Raises ValueError for an unknown target, and CompilerMissing (an ImportError) that
     names the extra to install.
     """
-    compiled, origin, seconds = compile_with(target, fn, args, donate_argnums)
+    return read(target, *compile_with(target, fn, args, donate_argnums))
+
+
+def read(target: str, compiled, origin: str, seconds: float) -> Compiled:
+    """What is in a program that jax has compiled, for one device or for many."""
     text = compiled.as_text()
     stats = compiled.memory_analysis()
     memory = {

@@ -15,15 +15,24 @@ import re
 from dataclasses import dataclass, field
 
 __all__ = [
+    "COLLECTIVES",
     "Computation",
     "Instruction",
     "Module",
     "Shape",
     "excerpt",
     "parse",
+    "sent",
     "strip",
 ]
 
+COLLECTIVES = (  # opcodes that send something to another device
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+)
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -225,6 +234,24 @@ def _strip_line(line: str, layouts: bool) -> str:
     if known:
         line += f', backend_config={{"known_trip_count":{{"n":"{known[1]}"}}}}'
     return line if layouts else re.sub(r"(\])\{[^{}]*\}", r"\1", line)
+
+
+def sent(text: str) -> str:
+    """The collectives of a program and the instructions whose results they send."""
+    keep = set()
+    for computation in parse(text).computations.values():
+        for i in computation.instructions.values():
+            if i.opcode.removesuffix("-start") in COLLECTIVES:
+                keep |= {i.name, *i.operands}
+    lines, inside = [], []
+    for line in text.splitlines() if keep else []:
+        if _START.match(line):
+            inside = [line]
+        elif line.startswith("}"):
+            lines += [*inside, line] if len(inside) > 1 else []
+        elif (head := _HEAD.match(line)) and head[2] in keep:
+            inside.append(line)
+    return "\n".join(lines)
 
 
 def excerpt(text: str, name: str, called: list[str], layouts: bool) -> str:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import textwrap
+import time
 
 import ipywidgets as widgets
 import jax
@@ -17,9 +18,18 @@ import matplotlib
 import matplotlib.pyplot as plt
 from IPython.display import HTML, Markdown, display
 
-from ssdlib import hlo
+from ssdlib import hlo, sharding, targets, traffic
 
-__all__ = ["COLORS", "compiled", "explore", "say", "show", "source", "start"]
+__all__ = [
+    "COLORS",
+    "compiled",
+    "compiled_over",
+    "explore",
+    "say",
+    "show",
+    "source",
+    "start",
+]
 
 COLORS = ["#2f7ed8", "#d9822b", "#2a9d6e", "#cc4778", "#8a63d2", "#7f7f7f"]
 _INK = "#010203"  # stands for the page's own text color, light or dark
@@ -83,10 +93,37 @@ def compiled(name: str, fn, *args, target: str, live: bool = True, **options):
     With live=False always the record: for what takes a compiler too long. The command
     `python tools/record_hlo.py` runs the chapters so that each call writes its record.
     """
+
+    def make():
+        return hlo.compile_for(fn, *args, target=target, **options)
+
+    return _made_or_recorded(name, target, make, live)
+
+
+def compiled_over(name: str, topology: str, mesh, *args, live: bool = True):
+    """`traffic.compile_over` for a TPU slice, or the record `name`, as `compiled`.
+
+    `topology` is "v6e:2x4", "v6e:16x16", ...; `mesh` the three sizes of
+    `sharding.make_mesh`; `args` are config, b, T, dtype.
+    """
+    config, *rest = args
+    target = "tpu-" + topology.replace(":", "-")
+
+    def make():
+        devices = targets.tpu_slice(topology)
+        start = time.perf_counter()
+        over = sharding.make_mesh(*mesh, devices=devices)
+        program = traffic.compile_over(config, over, *rest)
+        return hlo.read(target, program, "absent", time.perf_counter() - start)
+
+    return _made_or_recorded(name, target, make, live)
+
+
+def _made_or_recorded(name, target, make, live):
     record = "SSDLIB_RECORD" in os.environ
     if live or record:
         try:
-            program = hlo.compile_for(fn, *args, target=target, **options)
+            program = make()
         except hlo.CompilerMissing:
             if record or not hlo.has_record(name, target):
                 raise

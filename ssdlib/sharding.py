@@ -2,7 +2,7 @@
 
 A mesh has three axes, and any of them may be 1. `data` splits the batch, `model` splits
 heads with their groups and projections, `seq` the tokens of a prefill. `parallel` is
-the program that runs on it.
+the program that runs on it. `spread` is for all other functions of the library.
 
 Split by heads, the rows of W_xBC are a mixture: x goes by head, B and C by group. Here
 device i of `model` holds its own [x_i; B_i; C_i] one below the other, and with them its
@@ -26,7 +26,7 @@ from ssdlib.config import Mamba2Config
 from ssdlib.model import Cache, Params
 from ssdlib.weights import open_slices
 
-__all__ = ["init_cache", "load", "make_mesh", "shard"]
+__all__ = ["init_cache", "load", "make_mesh", "shard", "spread"]
 
 AnyMesh = Mesh | AbstractMesh  # where sizes alone are asked for, no devices are needed
 
@@ -163,6 +163,36 @@ def load(
         place = params if layer is None else params["layers"][layer]
         place[key] = _place(config, mesh, key, value, read)
     return params, config
+
+
+def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
+    """Lay out parameters, or a cache, for `forward`, `prefill` and `generate`.
+
+    Those functions run on a mesh as they are: XLA sees where the arrays lie and adds
+    what must be sent. With spread parameters `model` splits the work, with a spread
+    cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so x, B and C
+    straddle devices and more is sent than by `parallel`. What an axis does not divide
+    lies whole on every device. Raises ValueError if `data` does not divide the batch.
+    """
+
+    def put(v, *axes):
+        fits = (
+            axis if axis and v.shape[i] % mesh.shape[axis] == 0 else None
+            for i, axis in enumerate(axes)
+        )
+        return jax.device_put(v, NamedSharding(mesh, S(*fits)))
+
+    if not isinstance(tree, Cache):
+        return map_params(lambda _, key, v: put(v, *spec(key)), tree)
+    check_batch(mesh, jax.tree.leaves(tree.h)[0].shape[-4])
+
+    def rows(v, *axes):  # the batch is the first of the last axes, in any layout
+        return put(v, *(None,) * (v.ndim - len(axes)), *axes)
+
+    return Cache(
+        conv=jax.tree.map(lambda v: rows(v, "data", None, None), tree.conv),
+        h=jax.tree.map(lambda v: rows(v, "data", "model", None, None), tree.h),
+    )
 
 
 def cache_spec(config: Mamba2Config) -> Cache:

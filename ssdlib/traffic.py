@@ -22,15 +22,6 @@ from ssdlib.sharding import AnyMesh, cache_shapes, local_config, shard
 
 __all__ = ["compile_over", "counted", "formula"]
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "reduce-scatter",
-)
-
-
 ALONE = re.compile(r"replica_groups=(\[\d+,1\]|\{\{\d+\})")  # groups of one device
 
 
@@ -50,15 +41,6 @@ def compile_over(config: Mamba2Config, mesh: Mesh, b: int, T: int, dtype=jnp.flo
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     cache = cache_shapes(config, mesh, b, dtype)
     return program.lower(shard(shapes, config, mesh), tokens, cache).compile()
-
-
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "all-to-all",
-    "collective-permute",
-    "reduce-scatter",
-)
 
 
 def formula(
@@ -107,7 +89,7 @@ def counted(text: str) -> dict[str, tuple[int, int]]:
         lines = computation.instructions
         for i in lines.values():
             kind = i.opcode.removesuffix("-start")
-            if kind in KINDS and not ALONE.search(i.attributes):
+            if kind in hlo_text.COLLECTIVES and not ALONE.search(i.attributes):
                 sizes = (s.nbytes for name in i.operands for s in lines[name].shapes)
                 n, total = found.get(kind, (0, 0))
                 found[kind] = n + 1, total + int(sum(sizes))

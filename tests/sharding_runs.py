@@ -85,6 +85,31 @@ def model(shape, change):
     return errors
 
 
+def spread(shape):
+    """(error of forward's logits, greedy tokens equal, devices, split) for GSPMD."""
+    config = Mamba2Config.tiny(n_heads=8)
+    params = disturbed(ssdlib.init_params(config, jax.random.key(0)))
+    mesh = sharding.make_mesh(*shape)
+    there = sharding.spread(params, mesh)
+    rng = np.random.default_rng(2)
+    tokens, read = rng.integers(0, config.vocab_size, (2, 8, T))
+    _, cache = ssdlib.prefill(params, config, read)
+    split = sharding.spread(cache, mesh)
+    rows = jax.device_put(tokens, jax.NamedSharding(mesh, S("data")))
+    logits = ssdlib.forward(there, config, rows)
+    logits_star = ssdlib.forward(params, config, tokens)
+    got = ssdlib.generate(there, config, tokens, 24, cache=split)
+    want = ssdlib.generate(params, config, tokens, 24, cache=cache)
+    h, h_star = got.cache.h[0], want.cache.h[0]
+    return dict(
+        logits=float(error(logits, logits_star)),
+        h=float(error(h, h_star)),
+        tokens=bool((np.asarray(got.tokens) == np.asarray(want.tokens)).all()),
+        different=len(set(map(tuple, np.asarray(want.tokens)))),
+        held=h.addressable_data(0).size / h.size,
+    )
+
+
 def sent(shape, change):
     """(counted in the compiled text, formula) for prefill."""
     config = Mamba2Config.tiny(n_heads=8, vocab_size=64, **change)
@@ -123,7 +148,10 @@ def two(port, rank):
     """Each of two processes loads its slices, reads a text and writes three bytes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-    full, config = ssdlib.load("tiny")
+    # In float64, where a wrong program can't hide behind the rounding of eight layers.
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    full, config = ssdlib.load("tiny", np.float64)
     text = np.frombuffer(b"def forward(self, x):\n    return ", np.uint8)[None]
     text = np.repeat(text.astype(np.int32), 2, axis=0)
     result = {"processes": jax.process_count(), "devices": jax.device_count()}
@@ -137,7 +165,7 @@ def two(port, rank):
             return part
 
         with mock.patch.object(weights, "_read_safetensors", spy):
-            params, _ = sharding.load("tiny", mesh)
+            params, _ = sharding.load("tiny", mesh, np.float64)
         held = sum(v.addressable_data(0).size for v in jax.tree.leaves(params))
         result[f"{name}, read"] = sum(values)
         result[f"{name}, held"] = held
@@ -166,6 +194,8 @@ if eight:
     regimes = ("weak decay", "published", "mixed decay")
     result["ssd"] = {name: segments(name) for name in regimes}
     result["sent"] = sent(*CASES["2x2x2"])
+    meshes = {"1x8": (1, 1, 8), "2x4": (2, 1, 4), "8x1": (8, 1, 1)}
+    result["spread"] = {name: spread(shape) for name, shape in meshes.items()}
 else:
     result = two(sys.argv[2], int(sys.argv[3]))
 print(json.dumps(result))

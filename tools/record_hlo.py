@@ -17,7 +17,8 @@ import nbformat
 from nbclient import NotebookClient
 
 BOOK = Path(__file__).parent.parent / "book"
-CHAPTERS = [BOOK / f"{name}.ipynb" for name in ("07_hlo", "08_roofline", "09_results")]
+NAMES = ("07_hlo", "08_roofline", "09_results", "12_scale_out")
+CHAPTERS = [BOOK / f"{name}.ipynb" for name in NAMES]
 
 
 def main() -> None:
