@@ -98,8 +98,8 @@ def _ceiling(claim, evidence):
     parts = ", ".join(f"{part:.0%} at {T:,} tokens" for T, part in top.items())
     holds = [part <= 2 * mfu for part in top.values()]
     verdict = _held(all(holds), exact=False) if len(set(holds)) == 1 else OPEN
-    by = "chapter 08; it depends on the prompt's length, which the abstract does not give"
-    return Finding(f"the ceiling is {parts} (2.7b)", "", verdict, by)
+    computed = f"the ceiling is {parts} (2.7b); the abstract gives no length"
+    return Finding(computed, "", verdict, f"chapter 08; {_bench('prefill')}")
 
 
 def _speedup(claim, evidence):
