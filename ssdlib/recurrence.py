@@ -37,15 +37,13 @@ def ssd_step(
     Source: arXiv 2405.21060, equation 1, with the scalar A of section 6.
     """
     check_ssd(h, x_t, dt_t, A, B_t, C_t, D, step=True)
-    G = B_t.shape[-2]
+    R = x_t.shape[1] // B_t.shape[1]  # heads that share a group
     x, dt, A, B, C, h = to_accumulator(x_t, dt_t, A, B_t, C_t, h)
+    B, C = (jnp.repeat(v, R, axis=1) for v in (B, C))
     a = jnp.exp(dt * jnp.broadcast_to(A, dt.shape))
-    x, dt, h, a = (split_heads(v, G, 1) for v in (x, dt, h, a))
 
-    h = a[..., None, None] * h + jnp.einsum("bgrp,bgn->bgrpn", dt[..., None] * x, B)
-    y = jnp.einsum("bgrpn,bgn->bgrp", h, C)
-
-    y, h, x = (merge_heads(v, 1) for v in (y, h, x))
+    h = a[..., None, None] * h + jnp.einsum("bhp,bhn->bhpn", dt[..., None] * x, B)
+    y = jnp.einsum("bhpn,bhn->bhp", h, C)
     if D is not None:
         y = y + D[None, :, None].astype(y.dtype) * x
     return y.astype(jnp.result_type(x_t)), h
