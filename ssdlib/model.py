@@ -36,6 +36,8 @@ __all__ = [
 ArrayLike = Array | np.ndarray
 Params = dict
 
+CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -194,44 +196,40 @@ def _forward(params, config, tokens, lengths):
 def prefill_any(params, config, tokens, cache, lengths=None):
     """`prefill` unchecked, for compiled programs; rows may be of length 0."""
     (b, T), dtype = tokens.shape, params["embedding"].dtype
+
+    def step(rows):
+        r, after = _backbone(params, config, tokens, cache, lengths, rows)
+        return _head(params, config, r[:, 0])[:b], after
+
     if T == 1:
-        return _by_rows(
-            partial(_step, config), b, dtype, params, tokens, cache, lengths
-        )
-    r, cache = _backbone(params, config, tokens, cache, lengths)
+        return _by_rows(step, b, dtype)
+    r, after = _backbone(params, config, tokens, cache, lengths)
     if lengths is None:
-        r = r[:, -1]
+        last = r[:, -1]
     else:  # a row of length 0 leaves its cache as it was; its logits mean nothing
         index = jnp.maximum(lengths - 1, 0)[:, None, None]
-        r = jnp.take_along_axis(r, index, axis=1)[:, 0]
+        last = jnp.take_along_axis(r, index, axis=1)[:, 0]
 
-    def head(rows, params, r):
-        return _head(params, config, _pad_rows(r, rows))[:b]
+    def head(rows):
+        return _head(params, config, _pad_rows(last, rows))[:b]
 
-    return _by_rows(head, b, dtype, params, r), cache
-
-
-def _step(config, rows, params, token, cache, lengths):
-    """The logits after one token per row, and the cache then."""
-    r, cache = _backbone(params, config, token, cache, lengths, rows)
-    return _head(params, config, r[:, 0])[: len(token)], cache
-
-
-def _by_rows(fn, b, dtype, *args):
-    """fn(rows, *args): rows is b, or more where products of few rows are slow.
-
-    A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
-    vector unit. On a CPU, XLA widens a whole bfloat16 matrix to multiply it by one
-    row; by four rows it calls a kernel that does not (book/performance). Zeros beside
-    the real rows are cheaper than either.
-    """
-    cpu = max(b, 4) if dtype == jnp.bfloat16 else b
-    return jax.lax.platform_dependent(
-        *args, cpu=partial(fn, cpu), tpu=partial(fn, max(b, 8)), default=partial(fn, b)
-    )
+    return _by_rows(head, b, dtype), after
 
 
 _prefill = jax.jit(prefill_any, static_argnames="config")
+
+
+def _by_rows(fn, b, dtype):
+    """fn(rows): rows is b, or more where products of few rows are slow.
+
+    A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
+    vector unit (chapter 08). On a CPU, XLA widens a whole bfloat16 matrix to multiply
+    it by one row; by four rows it calls a kernel that does not. Zeros beside the real
+    rows are cheaper than either.
+    """
+    cpu = max(b, 4) if dtype == jnp.bfloat16 else b
+    rows = {"cpu": cpu, "tpu": max(b, 8), "default": b}
+    return jax.lax.platform_dependent(**{k: partial(fn, n) for k, n in rows.items()})
 
 
 # --- the model, from the outside in --------------------------------------------------
@@ -240,40 +238,31 @@ _prefill = jax.jit(prefill_any, static_argnames="config")
 def _backbone(params, config, tokens, cache, lengths, rows=None):
     """Embed, then every block: (residual (b, T, d_model) in float32, cache).
 
-    Where `rows` are given, the residual is padded with zeros to as many rows.
+    With `rows`, the residual has so many: zeros lie below the rows of the batch.
     """
-    r = _pad_rows(_embed(params, tokens), rows)
-    tails, h = [], []
+    r, tails, h = _pad_rows(_embed(params, tokens), rows), [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
             u = rms_norm(r, p["norm"], config.norm_eps).astype(p["z"].dtype)
-            y, tail, h_i = _mix(p, config, u, cache.conv[i], cache.h[i], lengths)
-            r = r + _gate(p, config, u, _pad_rows(y, len(u))).astype(r.dtype)
+            out, tail, h_i = _block(p, config, u, cache.conv[i], cache.h[i], lengths)
+            r = r + out.astype(r.dtype)
         tails.append(tail)
         h.append(h_i)
-
-    # The conv states of all layers move on at once.
-    tails = jnp.stack(tails).astype(cache.conv.dtype)
-    conv = jnp.concatenate([cache.conv, tails], axis=2)[:, :, tails.shape[2] :]
+    conv = move_on(cache.conv, tails)
     if tokens.shape[1] == 1 and lengths is not None:
         conv = jnp.where((lengths > 0)[None, :, None, None], conv, cache.conv)
     return r, Cache(conv=conv, h=tuple(h))
 
 
-def _mix(p, config, u, conv, h, lengths):
-    """What sees the past: (y (b, T, H P), last inputs of the convolution, h)."""
-    b, T = len(h), u.shape[1]
-    d, GN = config.d_inner, config.n_groups * config.d_state
-    if T == 1:
-        xBC, tail = _causal_conv(p, u, conv, slice(None), lengths)
-        x, B, C = jnp.split(xBC, (d, d + GN), axis=-1)
-    else:  # slices of the weights are free, slices of many tokens are copies
-        cuts = slice(0, d), slice(d, d + GN), slice(d + GN, d + 2 * GN)
-        parts = [_causal_conv(p, u, conv, cut, lengths) for cut in cuts]
-        (x, B, C), tails = zip(*parts, strict=True)
-        tail = jnp.concatenate(tails, axis=-1)
+def _block(p, config, u, conv, h, lengths):
+    """One Mamba-2 mixer on u (b, T, d_model): (output, last inputs of conv, h).
+
+    u may have more rows than conv and h: the matrices multiply them too, nothing else.
+    """
+    b, T, d, G = len(h), u.shape[1], config.d_inner, config.n_groups
+    x, B, C, tail = _xBC(p, config, u, conv, lengths)
     x = x.reshape(b, T, config.n_heads, config.head_dim)
-    B, C = (v.reshape(b, T, config.n_groups, config.d_state) for v in (B, C))
+    B, C = (v.reshape(b, T, G, config.d_state) for v in (B, C))
 
     dt = _linear(p, "dt", u)[:b].astype(h.dtype)
     dt = jax.nn.softplus(dt + p["dt_bias"][None, None].astype(h.dtype))
@@ -284,45 +273,65 @@ def _mix(p, config, u, conv, h, lengths):
 
     if T == 1:
         y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
-        return y.reshape(b, 1, d), tail, h
+    else:
+        y, h = _ssd(config.chunk_size, x, dt, A, B, C, p["D"], h)
 
-    def ssd(longest):
-        return partial(ssd_chunked, chunk_size=min(longest, config.chunk_size))
-
-    # The result does not depend on the chunk length; the time does, by platform.
-    y, h = jax.lax.platform_dependent(
-        *(x, dt, A, B, C, p["D"], h), cpu=ssd(64), tpu=ssd(128), default=ssd(256)
-    )
-    return y.reshape(b, T, d), tail, h
+    y = _pad_rows(y.reshape(b, T, d), len(u)) * jax.nn.silu(_linear(p, "z", u))
+    y = rms_norm(y, p["gate_norm"], config.norm_eps, G).astype(u.dtype)
+    return _linear(p, "out", y), tail, h
 
 
-def _causal_conv(p, u, conv, cut, lengths):
-    """silu of the depthwise convolution of some channels of xBC, and its last inputs.
+def _xBC(p, config, u, conv, lengths):
+    """(x, B, C, the last inputs of the convolution): silu(conv(W_xBC u)) in parts."""
+    d, GN, one = config.d_inner, config.n_groups * config.d_state, u.shape[1] == 1
+    cuts = slice(0, d), slice(d, d + GN), slice(d + GN, d + 2 * GN)
+    parts, tails = [], []
+    # Slices of weights are free, those of many tokens are copies.
+    for cut in [slice(None)] if one else cuts:
+        v, bias = _linear(p, "xBC", u, cut)[: len(conv)], p.get("conv_bias")
+        bias = None if bias is None else bias[cut]
+        v, tail = _causal_conv(v, conv[..., cut], p["conv"][cut], bias, lengths)
+        parts.append(jax.nn.silu(v))
+        tails.append(tail)
+    if one:
+        parts = [parts[0][..., cut] for cut in cuts]
+    return *parts, jnp.concatenate(tails, axis=-1)
+
+
+def _causal_conv(v, conv, weight, bias, lengths):
+    """Depthwise convolution that starts from the conv state: (output, last inputs).
 
     out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs, those before
-    the first token from the conv state. The last are up to K inputs that end at each
-    row's last real token.
+    the first token from the conv state. The last inputs are up to K, for `move_on`,
+    and end at each row's last real token; of one token it is always that one.
     """
-    v = _linear(p, "xBC", u, cut)[: len(conv)]
     T, K = v.shape[1], conv.shape[1]
-    window = jnp.concatenate([conv[..., cut].astype(v.dtype), v], axis=1)
-    weight, bias = p["conv"][cut], p.get("conv_bias")
+    window = jnp.concatenate([conv.astype(v.dtype), v], axis=1)
     out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
     if bias is not None:
-        out = out + bias[None, None, cut]
+        out = out + bias[None, None]
     if lengths is None or T == 1:
-        last = window[:, max(T, K) :]
-    else:
-        index = lengths[:, None] + jnp.arange(K)[None]
-        last = jnp.take_along_axis(window, index[..., None], axis=1)
-    return jax.nn.silu(out), last
+        return out, window[:, max(T, K) :]
+    index = lengths[:, None] + jnp.arange(K)[None]
+    return out, jnp.take_along_axis(window, index[..., None], axis=1)
 
 
-def _gate(p, config, u, y):
-    """W_out norm(y ∘ silu(W_z u))."""
-    y = y * jax.nn.silu(_linear(p, "z", u))
-    y = rms_norm(y, p["gate_norm"], config.norm_eps, config.n_groups)
-    return _linear(p, "out", y.astype(u.dtype))
+def move_on(conv, tails):
+    """The conv states of all layers, moved on at once by every layer's last inputs."""
+    tails = jnp.stack(tails).astype(conv.dtype)
+    return jnp.concatenate([conv, tails], axis=2)[:, :, tails.shape[2] :]
+
+
+def _ssd(chunk_size, *args):
+    """`ssd_chunked` with the chunk length that is fastest on the platform.
+
+    The result does not depend on it.
+    """
+
+    def chunks(longest):
+        return partial(ssd_chunked, *args, chunk_size=min(longest, chunk_size))
+
+    return jax.lax.platform_dependent(**{k: chunks(n) for k, n in CHUNK.items()})
 
 
 def _embed(params, tokens):
