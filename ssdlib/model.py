@@ -44,10 +44,11 @@ CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
 class Cache:
     """All that a model remembers of its past.
 
-    conv: the last d_conv - 1 inputs of the convolution of all layers in one array,
-          (n_layers, b, d_conv - 1, d_xBC).
+    conv: the last d_conv - 1 inputs of every layer's convolution, in one array
+          (b, n_layers, d_conv - 1, d_xBC).
     h:    the SSM states in float32, one (b, H, P, N) per layer.
-    A registered pytree. Its size does not depend on how many tokens were read.
+    A registered pytree; rows of the batch come first in every array. Its size does not
+    depend on how many tokens were read.
     """
 
     conv: Any  # no array types here: a pytree may also hold shapes or shardings
@@ -66,7 +67,7 @@ def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cach
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}; it must be at least 1")
-    conv = (config.n_layers, batch_size, config.d_conv - 1, config.d_xBC)
+    conv = (batch_size, config.n_layers, config.d_conv - 1, config.d_xBC)
     h = (batch_size, config.n_heads, config.head_dim, config.d_state)
     h_dtype = accumulator(jnp.empty(0, dtype))
     return Cache(
@@ -244,13 +245,14 @@ def _backbone(params, config, tokens, cache, lengths, rows=None):
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
             u = rms_norm(r, p["norm"], config.norm_eps).astype(p["z"].dtype)
-            out, tail, h_i = _block(p, config, u, cache.conv[i], cache.h[i], lengths)
+            state = cache.conv[:, i], cache.h[i]
+            out, tail, h_i = _block(p, config, u, *state, lengths)
             r = r + out.astype(r.dtype)
         tails.append(tail)
         h.append(h_i)
     conv = move_on(cache.conv, tails)
     if tokens.shape[1] == 1 and lengths is not None:
-        conv = jnp.where((lengths > 0)[None, :, None, None], conv, cache.conv)
+        conv = jnp.where((lengths > 0)[:, None, None, None], conv, cache.conv)
     return r, Cache(conv=conv, h=tuple(h))
 
 
@@ -318,7 +320,7 @@ def _causal_conv(v, conv, weight, bias, lengths):
 
 def move_on(conv, tails):
     """The conv states of all layers, moved on at once by every layer's last inputs."""
-    tails = jnp.stack(tails).astype(conv.dtype)
+    tails = jnp.stack(tails, axis=1).astype(conv.dtype)
     return jnp.concatenate([conv, tails], axis=2)[:, :, tails.shape[2] :]
 
 

@@ -158,7 +158,7 @@ def _device(config, local, split, params, tokens, cache, lengths):
         with jax.named_scope(f"layer_{i}"):
             u = rms_norm(r, p["norm"], config.norm_eps)
             u = u.astype(params["embedding"].dtype)
-            state = cache.conv[i], cache.h[i]
+            state = cache.conv[:, i], cache.h[i]
             out, tail, h_i = _block(p, config, local, u, *state, left, split)
             r = r + out
         tails.append(tail)

@@ -168,7 +168,7 @@ def load(
 def cache_spec(config: Mamba2Config) -> Cache:
     """How a cache is split: rows over `data`, channels and heads over `model`."""
     h = S("data", "model")
-    return Cache(conv=S(None, "data", None, "model"), h=(h,) * config.n_layers)
+    return Cache(conv=S("data", None, None, "model"), h=(h,) * config.n_layers)
 
 
 def init_cache(
