@@ -228,9 +228,9 @@ def _by_rows(fn, b, dtype):
     it by one row; by four rows it calls a kernel that does not. Zeros beside the real
     rows are cheaper than either.
     """
-    cpu = max(b, 4) if dtype == jnp.bfloat16 else b
-    rows = {"cpu": cpu, "tpu": max(b, 8), "default": b}
-    return jax.lax.platform_dependent(**{k: partial(fn, n) for k, n in rows.items()})
+    least = {"tpu": 8} | ({"cpu": 4} if dtype == jnp.bfloat16 else {})
+    padded = {platform: partial(fn, n) for platform, n in least.items() if n > b}
+    return jax.lax.platform_dependent(default=partial(fn, b), **padded)
 
 
 # --- the model, from the outside in --------------------------------------------------
