@@ -12,6 +12,7 @@ github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +36,22 @@ __all__ = [
 ArrayLike = Array | np.ndarray
 Params = dict
 
+CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """All that a model remembers of its past: one pair of arrays per layer.
+    """All that a model remembers of its past.
 
-    conv: the last d_conv - 1 inputs of the convolution, each (b, d_conv - 1, d_xBC).
-    h:    the SSM state in float32, each (b, H, P, N).
-    A registered pytree. Its size does not depend on how many tokens were read.
+    conv: the last d_conv - 1 inputs of every layer's convolution, in one array
+          (b, n_layers, d_conv - 1, d_xBC).
+    h:    the SSM states in float32, one (b, H, P, N) per layer.
+    A registered pytree; rows of the batch come first in every array. Its size does not
+    depend on how many tokens were read.
     """
 
-    conv: tuple  # no array types here: a pytree may also hold shapes or shardings
+    conv: Any  # no array types here: a pytree may also hold shapes or shardings
     h: tuple
 
     @property
@@ -62,13 +67,12 @@ def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cach
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}; it must be at least 1")
-    conv = (batch_size, config.d_conv - 1, config.d_xBC)
+    conv = (batch_size, config.n_layers, config.d_conv - 1, config.d_xBC)
     h = (batch_size, config.n_heads, config.head_dim, config.d_state)
     h_dtype = accumulator(jnp.empty(0, dtype))
-    layers = range(config.n_layers)
     return Cache(
-        conv=tuple(jnp.zeros(conv, dtype) for _ in layers),
-        h=tuple(jnp.zeros(h, h_dtype) for _ in layers),
+        conv=jnp.zeros(conv, dtype),
+        h=tuple(jnp.zeros(h, h_dtype) for _ in range(config.n_layers)),
     )
 
 
@@ -192,38 +196,161 @@ def _forward(params, config, tokens, lengths):
 
 def prefill_any(params, config, tokens, cache, lengths=None):
     """`prefill` unchecked, for compiled programs; rows may be of length 0."""
-    r, cache = _backbone(params, config, tokens, cache, lengths)
+    (b, T), dtype = tokens.shape, params["embedding"].dtype
+
+    def step(rows):
+        r, after = _backbone(params, config, tokens, cache, lengths, rows)
+        return _head(params, config, r[:, 0])[:b], after
+
+    if T == 1:
+        return _by_rows(step, b, dtype)
+    r, after = _backbone(params, config, tokens, cache, lengths)
     if lengths is None:
         last = r[:, -1]
     else:  # a row of length 0 leaves its cache as it was; its logits mean nothing
         index = jnp.maximum(lengths - 1, 0)[:, None, None]
         last = jnp.take_along_axis(r, index, axis=1)[:, 0]
-    return _head(params, config, last), cache
+
+    def head(rows):
+        return _head(params, config, _pad_rows(last, rows))[:b]
+
+    return _by_rows(head, b, dtype), after
 
 
 _prefill = jax.jit(prefill_any, static_argnames="config")
 
 
+def _by_rows(fn, b, dtype):
+    """fn(rows): rows is b, or more where products of few rows are slow.
+
+    A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
+    vector unit (chapter 08). On a CPU, XLA widens a whole bfloat16 matrix to multiply
+    it by one row; by four rows it calls a kernel that does not. Zeros beside the real
+    rows are cheaper than either.
+    """
+    least = {"tpu": 8} | ({"cpu": 4} if dtype == jnp.bfloat16 else {})
+    padded = {platform: partial(fn, n) for platform, n in least.items() if n > b}
+    return jax.lax.platform_dependent(default=partial(fn, b), **padded)
+
+
 # --- the model, from the outside in --------------------------------------------------
 
 
-def _backbone(params, config, tokens, cache, lengths):
-    """Embed, then every block: (residual (b, T, d_model) in float32, cache)."""
-    embedding = params["embedding"]
-    nan = float("nan")
-    r = embedding.at[tokens].get(
-        mode="fill", fill_value=nan, wrap_negative_indices=False
-    )
-    r = r.astype(accumulator(r))
-    conv, h = [], []
+def _backbone(params, config, tokens, cache, lengths, rows=None):
+    """Embed, then every block: (residual (b, T, d_model) in float32, cache).
+
+    With `rows`, the residual has so many: zeros lie below the rows of the batch.
+    """
+    r, tails, h = _pad_rows(_embed(params, tokens), rows), [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
-            u = rms_norm(r, p["norm"], config.norm_eps).astype(embedding.dtype)
-            out, conv_i, h_i = _block(p, config, u, cache.conv[i], cache.h[i], lengths)
+            u = rms_norm(r, p["norm"], config.norm_eps).astype(p["z"].dtype)
+            state = cache.conv[:, i], cache.h[i]
+            out, tail, h_i = _block(p, config, u, *state, lengths)
             r = r + out.astype(r.dtype)
-        conv.append(conv_i)
+        tails.append(tail)
         h.append(h_i)
-    return r, Cache(conv=tuple(conv), h=tuple(h))
+    conv = move_on(cache.conv, tails)
+    if tokens.shape[1] == 1 and lengths is not None:
+        conv = jnp.where((lengths > 0)[:, None, None, None], conv, cache.conv)
+    return r, Cache(conv=conv, h=tuple(h))
+
+
+def _block(p, config, u, conv, h, lengths):
+    """One Mamba-2 mixer on u (b, T, d_model): (output, last inputs of conv, h).
+
+    u may have more rows than conv and h: the matrices multiply them too, nothing else.
+    """
+    b, T, d, G = len(h), u.shape[1], config.d_inner, config.n_groups
+    x, B, C, tail = _xBC(p, config, u, conv, lengths)
+    x = x.reshape(b, T, config.n_heads, config.head_dim)
+    B, C = (v.reshape(b, T, G, config.d_state) for v in (B, C))
+
+    dt = _linear(p, "dt", u)[:b].astype(h.dtype)
+    dt = jax.nn.softplus(dt + p["dt_bias"][None, None].astype(h.dtype))
+    dt = jnp.clip(dt, *config.time_step_limit)
+    if lengths is not None:  # a token of dt = 0 neither decays nor writes the state
+        dt = jnp.where((jnp.arange(T)[None] < lengths[:, None])[..., None], dt, 0)
+    A = -jnp.exp(p["A_log"])
+
+    if T == 1:
+        y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
+    else:
+        y, h = _ssd(config.chunk_size, x, dt, A, B, C, p["D"], h)
+
+    y = _pad_rows(y.reshape(b, T, d), len(u)) * jax.nn.silu(_linear(p, "z", u))
+    y = rms_norm(y, p["gate_norm"], config.norm_eps, G).astype(u.dtype)
+    return _linear(p, "out", y), tail, h
+
+
+def _xBC(p, config, u, conv, lengths):
+    """(x, B, C, the last inputs of the convolution): silu(conv(W_xBC u)) in parts."""
+    d, GN, one = config.d_inner, config.n_groups * config.d_state, u.shape[1] == 1
+    cuts = slice(0, d), slice(d, d + GN), slice(d + GN, d + 2 * GN)
+    parts, tails = [], []
+    # Slices of weights are free, those of many tokens are copies.
+    for cut in [slice(None)] if one else cuts:
+        v, bias = _linear(p, "xBC", u, cut)[: len(conv)], p.get("conv_bias")
+        bias = None if bias is None else bias[cut]
+        v, tail = _causal_conv(v, conv[..., cut], p["conv"][cut], bias, lengths)
+        parts.append(jax.nn.silu(v))
+        tails.append(tail)
+    if one:
+        parts = [parts[0][..., cut] for cut in cuts]
+    return *parts, jnp.concatenate(tails, axis=-1)
+
+
+def _causal_conv(v, conv, weight, bias, lengths):
+    """Depthwise convolution that starts from the conv state: (output, last inputs).
+
+    out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs, those before
+    the first token from the conv state. The last inputs are up to K, for `move_on`,
+    and end at each row's last real token; of one token it is always that one.
+    """
+    T, K = v.shape[1], conv.shape[1]
+    window = jnp.concatenate([conv.astype(v.dtype), v], axis=1)
+    out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
+    if bias is not None:
+        out = out + bias[None, None]
+    if lengths is None or T == 1:
+        return out, window[:, max(T, K) :]
+    index = lengths[:, None] + jnp.arange(K)[None]
+    return out, jnp.take_along_axis(window, index[..., None], axis=1)
+
+
+def move_on(conv, tails):
+    """The conv states of all layers, moved on at once by every layer's last inputs."""
+    tails = jnp.stack(tails, axis=1).astype(conv.dtype)
+    return jnp.concatenate([conv, tails], axis=2)[:, :, tails.shape[2] :]
+
+
+def _ssd(chunk_size, *args):
+    """`ssd_chunked` with the chunk length that is fastest on the platform.
+
+    The result does not depend on it.
+    """
+
+    def chunks(longest):
+        return partial(ssd_chunked, *args, chunk_size=min(longest, chunk_size))
+
+    return jax.lax.platform_dependent(**{k: chunks(n) for k, n in CHUNK.items()})
+
+
+def _embed(params, tokens):
+    """Rows of the embedding, in float32; NaN for a token outside the vocabulary."""
+    r = (
+        params["embedding"]
+        .at[tokens]
+        .get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
+    )
+    return r.astype(accumulator(r))
+
+
+def _linear(p, name, u, cut=slice(None)):
+    """W u (+ bias), with W stored as (outputs, inputs); or a cut of the outputs."""
+    y = jnp.einsum("...i,oi->...o", u, p[name][cut])
+    bias = p.get("dt_proj_bias" if name == "dt" else f"{name}_bias")
+    return y if bias is None else y + jnp.broadcast_to(bias[cut], y.shape)
 
 
 def _head(params, config, r):
@@ -234,59 +361,9 @@ def _head(params, config, r):
     return jnp.einsum("...d,vd->...v", u, head, preferred_element_type=r.dtype)
 
 
-def _block(p, config, u, conv, h, lengths):
-    """One Mamba-2 mixer on u (b, T, d_model): (output, conv state, SSM state)."""
-    T, G = u.shape[1], config.n_groups
-    z = _linear(u, p["z"], p.get("z_bias"))
-    xBC = _linear(u, p["xBC"], p.get("xBC_bias"))
-    dt = _linear(u, p["dt"], p.get("dt_proj_bias"))
-
-    xBC, conv = _causal_conv(xBC, conv, p["conv"], p.get("conv_bias"), lengths)
-    d, GN = config.d_inner, G * config.d_state
-    x, B, C = jnp.split(jax.nn.silu(xBC), (d, d + GN), axis=-1)
-    x = x.reshape(*x.shape[:2], config.n_heads, config.head_dim)
-    B, C = (v.reshape(*v.shape[:2], G, config.d_state) for v in (B, C))
-
-    dt = jax.nn.softplus(dt.astype(h.dtype) + p["dt_bias"][None, None].astype(h.dtype))
-    dt = jnp.clip(dt, *config.time_step_limit)
-    if lengths is not None:  # a token of dt = 0 neither decays nor writes the state
-        dt = jnp.where((jnp.arange(T)[None] < lengths[:, None])[..., None], dt, 0)
-    A = -jnp.exp(p["A_log"])
-
-    if T == 1:
-        y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
-        y = y[:, None]
-    else:
-        y, h = ssd_chunked(x, dt, A, B, C, p["D"], h, config.chunk_size)
-
-    y = y.reshape(z.shape)
-    y = rms_norm(y * jax.nn.silu(z), p["gate_norm"], config.norm_eps, G).astype(u.dtype)
-    return _linear(y, p["out"], p.get("out_bias")), conv, h
-
-
-def _linear(u, W, bias=None):
-    """W u (+ bias), with W stored as (outputs, inputs)."""
-    y = jnp.einsum("...i,oi->...o", u, W)
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
-
-
-def _causal_conv(xBC, conv, weight, bias, lengths):
-    """Depthwise: out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs.
-
-    The K inputs before the first token come from the conv state; the K inputs that end
-    at each row's last real token become the next one.
-    """
-    T, K = xBC.shape[1], conv.shape[1]
-    window = jnp.concatenate([conv.astype(xBC.dtype), xBC], axis=1)
-    out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
-    if bias is not None:
-        out = out + bias[None, None]
-    if lengths is None:
-        last = window[:, T:]
-    else:
-        index = lengths[:, None] + jnp.arange(K)[None]
-        last = jnp.take_along_axis(window, index[..., None], axis=1)
-    return out, last.astype(conv.dtype)
+def _pad_rows(v, rows):
+    """Zeros below, up to so many rows."""
+    return jnp.pad(v, [(0, (rows or len(v)) - len(v))] + [(0, 0)] * (v.ndim - 1))
 
 
 def rms_norm(v, weight, eps, groups=1):
@@ -306,10 +383,11 @@ def rms_norm(v, weight, eps, groups=1):
 def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
     """Raise ValueError unless the cache belongs to this model and batch size."""
     want = jax.eval_shape(lambda: init_cache(config, batch_size))
-    got = jax.tree.map(jnp.shape, (cache.conv, cache.h))
-    if got != (want := jax.tree.map(jnp.shape, (want.conv, want.h))):
-        at = len(got[0]), got[0][:1], got[1][:1]
-        need = len(want[0]), want[0][:1], want[1][:1]
+    got, want = (
+        (jnp.shape(c.conv), [jnp.shape(h) for h in c.h]) for c in (cache, want)
+    )
+    if got != want:
+        at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
         raise ValueError(
-            f"cache: (layers, conv, h) is {at}; this model and batch need {need}"
+            f"cache: (conv, layers, h) is {at}; this model and batch need {need}"
         )

@@ -30,6 +30,7 @@ from ssdlib.model import (
     Params,
     _causal_conv,
     _linear,
+    move_on,
     rms_norm,
 )
 from ssdlib.recurrence import accumulator, merge_heads, split_heads, ssd_step
@@ -152,36 +153,34 @@ def _device(config, local, split, params, tokens, cache, lengths):
     # Real tokens from this device's first on; negative past a row's end.
     left = lengths - (jax.lax.axis_index("seq") * T if split else 0)
     r = _embed(params["embedding"], tokens, config.vocab_size)
-    conv, h = [], []
+    tails, h = [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
             u = rms_norm(r, p["norm"], config.norm_eps)
             u = u.astype(params["embedding"].dtype)
-            state = cache.conv[i], cache.h[i]
-            out, conv_i, h_i = _block(p, config, local, u, *state, left, split)
+            state = cache.conv[:, i], cache.h[i]
+            out, tail, h_i = _block(p, config, local, u, *state, left, split)
             r = r + out
-        conv.append(conv_i)
+        tails.append(tail)
         h.append(h_i)
     index = jnp.clip(left - 1, 0, T - 1)[:, None, None]
     r = _from_owner(jnp.take_along_axis(r, index, axis=1)[:, 0], left, T, split)
     u = rms_norm(r, params["norm"], config.norm_eps).astype(params["embedding"].dtype)
     head = params["embedding" if config.tie_embeddings else "head"]
     logits = jnp.einsum("bd,vd->bv", u, head, preferred_element_type=r.dtype)
-    return logits, Cache(conv=tuple(conv), h=tuple(h))
+    return logits, Cache(conv=move_on(cache.conv, tails), h=tuple(h))
 
 
 def _block(p, config, local, u, conv, h, left, split):
     """`model._block` on this device's heads and tokens, with its crossings."""
     T, G = u.shape[1], local.n_groups
-    z = _linear(u, p["z"], p.get("z_bias"))
-    xBC = _linear(u, p["xBC"], p.get("xBC_bias"))
-    dt = _linear(u, p["dt"], p.get("dt_proj_bias"))
+    z, xBC, dt = (_linear(p, name, u) for name in ("z", "xBC", "dt"))
 
     if split:  # crossing 1: the convolution's inputs from the device to the left
         conv = _halo(xBC, conv)
     real = jnp.clip(left, 0, T)
-    xBC, conv = _causal_conv(xBC, conv, p["conv"], p.get("conv_bias"), real)
-    conv = _from_owner(conv, left, T, split)
+    xBC, tail = _causal_conv(xBC, conv, p["conv"], p.get("conv_bias"), real)
+    tail = _from_owner(tail, left, T, split)
 
     d, GN = local.d_inner, G * local.d_state
     x, B, C = jnp.split(jax.nn.silu(xBC), (d, d + GN), axis=-1)
@@ -206,7 +205,7 @@ def _block(p, config, local, u, conv, h, left, split):
     out = jax.lax.psum(out, "model")
     if "out_bias" in p:
         out = out + p["out_bias"].astype(out.dtype)[None, None]
-    return out, conv, h
+    return out, tail, h
 
 
 def _halo(xBC, conv):

@@ -28,24 +28,23 @@ def ssd_step(
     """One token: h ← exp(dt A) h + dt x Bᵀ, then y = h C + D x. Returns (y_t, h).
 
     Use it to decode: the cost, 5 b H P N FLOPs and one read and write of h, does
-    not depend on how many tokens came before. Each group's B and C serve H/G heads
-    by an einsum over the group axis; they are never repeated in memory. A is one
-    number per head, as in Mamba-2, or one per token and head.
+    not depend on how many tokens came before. Each group's B and C are repeated to
+    its H/G heads: H N numbers, little beside the H P N of the state, which then needs
+    no reshape, so that XLA on a CPU writes it in place, in one fusion. A is one number
+    per head, as in Mamba-2, or one per token and head.
 
     The arithmetic and the state are float32 (float64 if the inputs are); y has the
     dtype of x. Raises ValueError if a shape does not fit.
     Source: arXiv 2405.21060, equation 1, with the scalar A of section 6.
     """
     check_ssd(h, x_t, dt_t, A, B_t, C_t, D, step=True)
-    G = B_t.shape[-2]
+    R = x_t.shape[1] // B_t.shape[1]  # heads of a group
     x, dt, A, B, C, h = to_accumulator(x_t, dt_t, A, B_t, C_t, h)
+    B, C = (jnp.repeat(v, R, axis=1) for v in (B, C))
     a = jnp.exp(dt * jnp.broadcast_to(A, dt.shape))
-    x, dt, h, a = (split_heads(v, G, 1) for v in (x, dt, h, a))
 
-    h = a[..., None, None] * h + jnp.einsum("bgrp,bgn->bgrpn", dt[..., None] * x, B)
-    y = jnp.einsum("bgrpn,bgn->bgrp", h, C)
-
-    y, h, x = (merge_heads(v, 1) for v in (y, h, x))
+    h = a[..., None, None] * h + jnp.einsum("bhp,bhn->bhpn", dt[..., None] * x, B)
+    y = jnp.einsum("bhpn,bhn->bhp", h, C)
     if D is not None:
         y = y + D[None, :, None].astype(y.dtype) * x
     return y.astype(jnp.result_type(x_t)), h

@@ -120,7 +120,11 @@ def quadratic(config: Mamba2Config, b: int, T: int, h0: bool = True) -> Work:
 
 
 def chunked(config: Mamba2Config, b: int, T: int) -> Work:
-    """The dual form on each of T/Q chunks, the state handed on: O(T Q) FLOPs."""
+    """The dual form on each of T/Q chunks, the state handed on: O(T Q) FLOPs.
+
+    Q is the config's chunk length. A prefill takes shorter chunks where those are
+    faster (`model.CHUNK`), and then fewer FLOPs.
+    """
     Q = min(config.chunk_size, T)
     chunks = -(-T // Q)
     flops = chunks * quadratic(config, b, Q).flops
@@ -166,7 +170,11 @@ def prefill(config: Mamba2Config, b: int, T: int, itemsize: int = 4) -> Work:
 
 
 def decode(config: Mamba2Config, b: int, itemsize: int = 4) -> Work:
-    """One token a row: about 2 FLOPs a weight; every weight and both states once."""
+    """One token a row: about 2 FLOPs a weight; every weight and both states once.
+
+    FLOPs are those that b rows need: 2 b (matrices + head) + 5 b n_layers H P N. Where
+    a step pads its rows with zeros, a compiler counts up to padded rows / b as many.
+    """
     ssd = recurrent(config, b, 1).flops
     return _model(config, b, 1, itemsize, config.n_layers * ssd, states=2)
 

@@ -197,8 +197,8 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
 
 def cache_spec(config: Mamba2Config) -> Cache:
     """How a cache is split: rows over `data`, channels and heads over `model`."""
-    conv, h = S("data", None, "model"), S("data", "model")
-    return Cache(conv=(conv,) * config.n_layers, h=(h,) * config.n_layers)
+    h = S("data", "model")
+    return Cache(conv=S("data", None, None, "model"), h=(h,) * config.n_layers)
 
 
 def init_cache(
@@ -223,10 +223,12 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
     local, n = local_config(config, mesh), mesh.shape["model"]
     cache = jax.eval_shape(lambda: model.init_cache(config, batch_size, dtype))
 
+    conv = (*cache.conv.shape[:3], n * local.d_xBC)
+    cache = replace(cache, conv=jax.ShapeDtypeStruct(conv, cache.conv.dtype))
+
     def struct(v, spec):
-        shape = v.shape if v.ndim == 4 else (*v.shape[:2], n * local.d_xBC)
         sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(shape, v.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding)
 
     return jax.tree.map(struct, cache, cache_spec(config))
 
@@ -260,7 +262,7 @@ def check_cache(config, mesh, cache, batch_size) -> None:
     want = cache_shapes(config, mesh, batch_size)
     got, want = (jax.tree.map(jnp.shape, (c.conv, c.h)) for c in (cache, want))
     if got != want:
-        at, need = ((len(c[0]), c[0][:1], c[1][:1]) for c in (got, want))
+        at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
         raise ValueError(
-            f"cache: (layers, conv, h) is {at}; this mesh and batch need {need}"
+            f"cache: (conv, layers, h) is {at}; this mesh and batch need {need}"
         )

@@ -18,6 +18,7 @@ import ssdlib
 from ssdlib import bench, config, record, roofline
 from ssdlib.__main__ import main
 from ssdlib.hlo import RECORDS
+from ssdlib.model import CHUNK
 from ssdlib.roofline import Chip
 
 SCHEMA = json.loads((RECORDS / "runs/schema.json").read_text())
@@ -93,10 +94,10 @@ def test_rates_follow_from_the_samples(run):
             assert row["hbu"] == pytest.approx(least, rel=0.02)
 
 
-def resized():
+def resized(**changes):
     """The small model's sizes."""
     d, layers = SIZES
-    return ssdlib.Mamba2Config(50288, d, layers, n_heads=2 * d // 64)
+    return ssdlib.Mamba2Config(50288, d, layers, n_heads=2 * d // 64, **changes)
 
 
 def test_speedups_are_ratios_within_rounds(run):
@@ -211,7 +212,8 @@ def test_a_decode_sample_is_free_of_prefill_and_call(monkeypatch):
 
 def test_work_of_an_uncached_pass_is_within_5_percent_of_the_compilers():
     """One chunk, so that the compiler, which counts a loop's body once, is right."""
-    sizes, T = resized(), 256
+    sizes = resized(chunk_size=CHUNK["cpu"])
+    T = sizes.chunk_size
     params, tokens = jax.eval_shape(
         lambda: (
             ssdlib.init_params(sizes, jax.random.key(0)),

@@ -128,7 +128,7 @@ def test_a_sequence_shorter_than_the_convolution_is_padded_with_nothing(n):
     logits, cache = prefill(PARAMS, CONFIG, TOKENS[:, :n])
     assert oracle.error(logits, LOGITS[:, n - 1]) <= 1e-5
     K = CONFIG.d_conv - 1
-    for conv in cache.conv:
+    for conv in jnp.moveaxis(cache.conv, 1, 0):
         np.testing.assert_array_equal(conv[:, : max(K - n, 0)], 0)
         assert (np.asarray(conv[:, max(K - n, 0) :]) != 0).any()
     same(cache, stepped(TOKENS[:, :n]))

@@ -152,7 +152,7 @@ def test_bfloat16_weights_keep_state_and_residual_in_float32():
     params = init_params(CONFIG, jax.random.key(0), jnp.bfloat16)
     logits, cache = prefill(params, CONFIG, TOKENS)
     assert {v.dtype for v in cache.h} == {jnp.dtype(jnp.float32)}
-    assert {v.dtype for v in cache.conv} == {jnp.dtype(jnp.bfloat16)}
+    assert cache.conv.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     assert oracle.error(logits, LOGITS[:, -1]) <= 3e-2
     _, after = decode_step(params, CONFIG, TOKENS[:, 0], cache)

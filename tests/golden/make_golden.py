@@ -200,7 +200,7 @@ def ours(folder: Path, name: str) -> dict[str, np.ndarray]:
     nats = [evaluate(params, config, row, piece=20).loss for row in passage(name)]
     return {
         "logits": np.asarray(ssdlib.forward(params, config, tokens)),
-        "conv": np.asarray(jnp.stack(cache.conv)),
+        "conv": np.asarray(jnp.moveaxis(cache.conv, 1, 0)),
         "h": np.asarray(jnp.stack(cache.h)),
         "steps": np.asarray(jnp.stack(steps, 1)),
         "greedy": np.asarray(greedy),

@@ -1,0 +1,63 @@
+"""What compilers make of a decode step: it may only get better.
+
+Two layers of the 130m model, batch 1, float32, the cache donated. Each bound is today's
+value: lower it when you improve on it, and raise none without a reason.
+"""
+
+from functools import cache
+
+import jax
+import pytest
+from test_hlo import decode_args, target
+
+import ssdlib
+from ssdlib import hlo, roofline
+
+BOUNDS = {  # bytes and fusions of one more layer; FLOPs and temporary bytes of the step
+    "cpu": (17_902_508, 16, 94_411_358, 204_224),
+    "tpu-v6e": (16_677_152, 13, 160_793_611, 0),
+}
+BOTH = [target(name) for name in BOUNDS]
+
+
+@cache
+def step(n_layers, name):
+    args = decode_args(n_layers)
+    with jax.default_matmul_precision("default"):
+        return hlo.compile_for(ssdlib.decode_step, *args, target=name, donate_argnums=3)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_one_more_layer_takes_no_more_bytes_and_fusions(name):
+    one, two = step(1, name), step(2, name)
+    most_bytes, most_fusions, *_ = BOUNDS[name]
+    assert two.bytes - one.bytes <= most_bytes
+    assert two.fusions - one.fusions <= most_fusions
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_one_token_takes_no_more_flops_and_temporary_memory(name):
+    *_, most_flops, most_temp = BOUNDS[name]
+    assert step(2, name).flops <= most_flops
+    assert step(2, name).memory["temp"] <= most_temp
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_whole_cache_is_updated_where_it_lies(name):
+    *_, kept = decode_args()
+    size = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(kept))
+    assert step(2, name).memory["alias"] == size
+
+
+def test_one_kernel_of_a_cpu_writes_a_state_and_none_copies_it():
+    writers = [op for op in step(2, "cpu").ops if "f32[1,24,64,128]" in op.shape]
+    assert [op.opcode for op in writers] == ["fusion"] * 2
+    assert all(op.kind != "copy" for op in writers)
+    assert "f32[1,1,24,64,128]" not in step(2, "cpu").hlo  # in no other shape
+
+
+def test_a_cpu_does_little_beyond_what_is_needed():
+    _, config, *_ = decode_args()
+    need = roofline.decode(config, 1)
+    assert step(2, "cpu").flops <= 1.01 * need.flops
+    assert step(2, "cpu").bytes <= 1.02 * need.bytes
