@@ -25,7 +25,7 @@ from ssdlib import record, roofline
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import generate
 from ssdlib.hlo_view import count
-from ssdlib.model import Params, forward, init_cache, init_params, prefill
+from ssdlib.model import CHUNK, Params, forward, init_cache, init_params, prefill
 from ssdlib.roofline import HARDWARE, Chip, Work
 
 __all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "work"]
@@ -73,6 +73,8 @@ def bench(
     device = record.attached(target)
     keys = [(w, T) for T in sorted({*lengths}) for w in WHAT if w in what]
     sizes = config, batch, dtype
+    longest = CHUNK.get(jax.default_backend(), CHUNK["default"])
+    counted = replace(config, chunk_size=min(longest, config.chunk_size)), *sizes[1:]
     facts = {
         **record.provenance(device),
         "command": command,
@@ -92,7 +94,7 @@ def bench(
     facts["memory"] = memory | {"peak": record.peak_memory(device)}
     facts["peak"] = None if peak is None else asdict(peak)
     facts["rows"] = [
-        record.row(key, batch, programs[key], seconds[key], work(key, *sizes), peak)
+        record.row(key, batch, programs[key], seconds[key], work(key, *counted), peak)
         for key in keys
     ]
     return record.rounded(facts | {"speedups": record.speedups(seconds)})

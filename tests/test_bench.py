@@ -80,7 +80,7 @@ def test_rates_follow_from_the_samples(run):
             "prefill": roofline.prefill,
             "uncached": roofline.prefill,
             "decode": lambda c, b, T: roofline.decode(c, b),
-        }[row["what"]](resized(), batch, T)
+        }[row["what"]](resized(chunk_size=CHUNK["cpu"]), batch, T)
         head = 2 * batch * (T - 1) * V * d * (row["what"] == "uncached")
         flops = work.flops + head
         assert row["tflops"] == pytest.approx(flops / t / 1e12, **about)
