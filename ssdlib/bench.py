@@ -73,8 +73,7 @@ def bench(
     device = record.attached(target)
     keys = [(w, T) for T in sorted({*lengths}) for w in WHAT if w in what]
     sizes = config, batch, dtype
-    longest = CHUNK.get(jax.default_backend(), CHUNK["default"])
-    counted = replace(config, chunk_size=min(longest, config.chunk_size)), *sizes[1:]
+    shaped = counted(config, device.platform), batch, dtype
     facts = {
         **record.provenance(device),
         "command": command,
@@ -94,7 +93,7 @@ def bench(
     facts["memory"] = memory | {"peak": record.peak_memory(device)}
     facts["peak"] = None if peak is None else asdict(peak)
     facts["rows"] = [
-        record.row(key, batch, programs[key], seconds[key], work(key, *counted), peak)
+        record.row(key, batch, programs[key], seconds[key], work(key, *shaped), peak)
         for key in keys
     ]
     return record.rounded(facts | {"speedups": record.speedups(seconds)})
@@ -134,6 +133,12 @@ def rounds(
                     seconds[what, T].append(sample)
                 progress.update()
     return seconds
+
+
+def counted(config: Mamba2Config, platform: str) -> Mamba2Config:
+    """The config for `work`: with the chunks that a prefill takes on this platform."""
+    longest = CHUNK.get(platform, CHUNK["default"])
+    return replace(config, chunk_size=min(longest, config.chunk_size))
 
 
 def work(key: Key, config: Mamba2Config, batch: int, dtype: str = "float32") -> Work:
