@@ -44,11 +44,11 @@ CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
 class Cache:
     """All that a model remembers of its past.
 
-    conv: the last d_conv - 1 inputs of every layer's convolution, in one array
-          (b, n_layers, d_conv - 1, d_xBC).
+    conv: the last inputs of all convolutions, (b, n_layers, d_conv - 1, d_xBC).
     h:    the SSM states in float32, one (b, H, P, N) per layer.
     A registered pytree; rows of the batch come first in every array. Its size does not
-    depend on how many tokens were read.
+    depend on how many tokens were read. The convolutions are in one array so that they
+    move on by one operation a step.
     """
 
     conv: Any  # no array types here: a pytree may also hold shapes or shardings
