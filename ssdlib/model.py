@@ -47,7 +47,8 @@ class Cache:
     conv: the last inputs of all convolutions, (b, n_layers, d_conv - 1, d_xBC).
     h:    the SSM states in float32, one (b, H, P, N) per layer.
     A registered pytree; rows of the batch come first in every array. Its size does not
-    depend on how many tokens were read. One array of conv states moves on at once.
+    depend on how many tokens were read. The conv states are in one array, so that all
+    layers move on by one operation a step.
     """
 
     conv: Any  # no array types here: a pytree may also hold shapes or shardings
