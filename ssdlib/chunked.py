@@ -2,18 +2,30 @@
 
 Cut the sequence into T/Q chunks. Inside a chunk the dual form computes every output
 from the chunk's inputs and the one state that enters it, and leaves one state behind.
-Across chunks those states obey the recurrence, so a scan hands them on.
+Across chunks those states obey the recurrence. A few chunks at once are computed side
+by side, and a scan hands the state on.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 6.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssdlib.quadratic import ssd_quadratic
-from ssdlib.recurrence import accumulator, check_ssd, per_token, zero_state
+from ssdlib.quadratic import (
+    Decays,
+    dual,
+    merge_state,
+    read_state,
+    split_state,
+    whole_decay,
+)
+from ssdlib.recurrence import accumulator, check_ssd, zero_state
 
 __all__ = ["ssd_chunked"]
+
+AT_ONCE = 512  # tokens: large products, in memory that does not grow with T
 
 
 def ssd_chunked(
@@ -29,9 +41,10 @@ def ssd_chunked(
     """(y_c, h) = ssd_quadratic(x_c, dt_c, A, B_c, C_c, D, h) for chunk after chunk.
 
     Use it for training and prefill. Work is O(T Q) inside chunks plus O(T) for the
-    states; memory is O(T) for the inputs cut in chunks, and O(Q²) per head. The result
-    does not depend on chunk_size. Any T fits: the last chunk is filled up with tokens
-    of dt = 0, which leave the state as it is, exactly.
+    states; memory is O(T) for the inputs cut in chunks, and O(Q²) per head for the few
+    chunks that are computed at once. The result does not depend on chunk_size. Any T
+    fits: the last chunk is filled up with tokens of dt = 0, which leave the state as it
+    is, exactly.
 
     A is one number per head, as in Mamba-2, or one per token and head: then dt and A
     set the size of a write and the decay independently (see `recurrences`).
@@ -42,23 +55,39 @@ def ssd_chunked(
     check_ssd(h0, x, dt, A, B, C, D)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: {chunk_size}; it must be at least 1")
-    b, T, H, P = x.shape
+    (b, T, H, P), G, dtype = x.shape, B.shape[2], accumulator(x)
     Q = min(chunk_size, T)
-    if h0 is None:
-        h0 = zero_state(x, B)
+    spans = -(-T // max(Q, AT_ONCE))
+    chunks = -(-T // (Q * spans))  # a span; the last one is filled up
+    cut = partial(_split_chunks, n=chunks, Q=Q)
+    h0 = zero_state(x, B) if h0 is None else jnp.asarray(h0, dtype)
 
-    def chunk(h, inputs):
-        x_c, dt_c, B_c, C_c, A_c = (*inputs, A)[:5]
-        y_c, h = ssd_quadratic(x_c, dt_c, A_c, B_c, C_c, D, h)
-        return h, y_c
+    def span(h, inputs):
+        x, dt, decays, B, C = inputs
+        x_, B, C = (jnp.asarray(v, dtype) for v in (x, B, C))
+        # 1. Inside each chunk; 2. the state that it leaves.
+        y, left = jax.vmap(dual, 1, 1)(x_, dt, decays, B, C)
+        # 3. The recurrence from chunk to chunk.
+        a, entering = jax.vmap(partial(whole_decay, G=G), 1, 1)(decays), []
+        for c in range(chunks):
+            entering.append(h)
+            h = a[:, c] * h + left[:, c]
+        # 4. What each chunk reads from the state that enters it.
+        entering = jnp.stack(entering, axis=1)
+        y = y + jax.vmap(read_state, 1, 1)(decays, C, entering)
+        if D is not None:
+            y = y + jnp.asarray(D, dtype)[None, None, None, :, None] * x_
+        return h, y.astype(x.dtype)
 
-    chunks = tuple(_split_chunks(v, Q) for v in per_token(x, dt, A, B, C))
-    h, y = jax.lax.scan(chunk, jnp.asarray(h0, accumulator(x)), chunks)
-    return jnp.moveaxis(y, 0, 1).reshape(b, -1, H, P)[:, :T], h
+    dt, A = jnp.asarray(dt, dtype), jnp.asarray(A, dtype)
+    decays = Decays.of(cut(dt * jnp.broadcast_to(A, dt.shape)))
+    inputs = cut(x), cut(dt), decays, cut(B), cut(C)
+    h, y = jax.lax.scan(span, split_state(h0, G), inputs)
+    return jnp.moveaxis(y, 0, 1).reshape(b, -1, H, P)[:, :T], merge_state(h)
 
 
-def _split_chunks(v: Array, Q: int) -> Array:
-    """(b, T, ...) -> (T/Q, b, Q, ...), filled up with zeros to a whole last chunk."""
+def _split_chunks(v: Array, n: int, Q: int) -> Array:
+    """(b, T, ...) -> (T/nQ, b, n, Q, ...), filled up with zeros to whole spans."""
     b, T = v.shape[:2]
-    v = jnp.pad(v, [(0, 0), (0, -T % Q)] + [(0, 0)] * (v.ndim - 2))
-    return jnp.moveaxis(v.reshape(b, -1, Q, *v.shape[2:]), 1, 0)
+    v = jnp.pad(v, [(0, 0), (0, -T % (n * Q))] + [(0, 0)] * (v.ndim - 2))
+    return jnp.moveaxis(v.reshape(b, -1, n, Q, *v.shape[2:]), 1, 0)

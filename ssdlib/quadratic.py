@@ -6,6 +6,8 @@ with the decays a_t = exp(dt_t A). L is the 1-semiseparable mask.
 Source: Dao and Gu 2024 (arXiv 2405.21060), equations 6 to 8 and 16.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,22 +31,7 @@ def segsum(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
     O(T²) time and memory. Gradients flow as through the plain sums, and none through
     the diagonal, which is the constant 0.
     """
-    hi, lo = _split_exactly(log_a)
-    hi, lo = jnp.cumsum(hi, axis=-1), jnp.cumsum(lo, axis=-1)
-    hi = hi[..., :, None] - hi[..., None, :]
-    lo = lo[..., :, None] - lo[..., None, :]
-    t, s = (jax.lax.broadcasted_iota(jnp.int32, hi.shape, hi.ndim - i) for i in (2, 1))
-    return jnp.where(s < t, hi + lo, jnp.where(s == t, 0.0, -jnp.inf))
-
-
-def _split_exactly(v: Array) -> tuple[Array, Array]:
-    """v = hi + lo exactly, such that any sum of hi along the last axis is exact."""
-    bits = jnp.finfo(v.dtype).nmant
-    total = jax.lax.stop_gradient(jnp.sum(jnp.abs(v), axis=-1, keepdims=True))
-    exponent = jnp.maximum(jnp.frexp(total)[1], -64)  # total < 2**exponent
-    unit = jnp.ldexp(jnp.ones_like(total), exponent - bits)
-    hi = jax.lax.stop_gradient(jnp.round(v / unit) * unit)
-    return hi, v - hi
+    return _differences(*_exact_sums(log_a))
 
 
 def decay_mask(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
@@ -75,23 +62,100 @@ def ssd_quadratic(
     check_ssd(h0, x, dt, A, B, C, D)
     G, dtype = B.shape[-2], jnp.result_type(x)
     x, dt, A, B, C = to_accumulator(x, dt, A, B, C)
-    dtx = split_heads(dt[..., None] * x, G, 2)
-    log_a = dt * jnp.broadcast_to(A, dt.shape)
-    log_a = split_heads(jnp.moveaxis(log_a, 1, 2), G, 1)
-
-    L = decay_mask(log_a)
-    M = L * jnp.einsum("blgn,bsgn->bgls", C, B)[:, :, None]
-    y = jnp.einsum("bgrls,bsgrp->blgrp", M, dtx)
-    to_end = jnp.moveaxis(L[..., -1, :], -1, 1)
-    h = jnp.einsum("bsgrp,bsgn->bgrpn", to_end[..., None] * dtx, B)
-
+    decays = Decays.of(dt * jnp.broadcast_to(A, dt.shape))
+    y, h = dual(x, dt, decays, B, C)
     if h0 is not None:
-        h0 = split_heads(jnp.asarray(h0, h.dtype), G, 1)
-        from_start = jnp.moveaxis(jnp.exp(jnp.cumsum(log_a, axis=-1)), -1, 1)
-        y = y + from_start[..., None] * jnp.einsum("blgn,bgrpn->blgrp", C, h0)
-        h = h + from_start[:, -1][..., None, None] * h0
-
-    y, h = merge_heads(y, 2), merge_heads(h, 1)
+        h0 = split_state(jnp.asarray(h0, h.dtype), G)
+        y = y + read_state(decays, C, h0)
+        h = h + whole_decay(decays, G) * h0
     if D is not None:
         y = y + D[None, None, :, None].astype(y.dtype) * x
-    return y.astype(dtype), h
+    return y.astype(dtype), merge_state(h)
+
+
+# --- the parts of the dual, that `ssd_chunked` puts together for many chunks ----------
+#
+# Their arrays are of the accumulator dtype. States are (b, G, N, R, P) here, with R
+# heads a group: products write and read them so without a transpose. Products are
+# written with the left factor last, because einsum takes the last operand first.
+
+
+class Decays(NamedTuple):
+    """The decays of T tokens: all that the dual needs of A.
+
+    hi, lo: Σ_{j <= t} log a_j in two parts, (*batch, H, T); see `segsum`.
+    from_start: a_1 ... a_t, (*batch, T, H): what is left at t of the state before.
+    to_end: a_{t+1} ... a_T, (*batch, T, H): what is left at T of a write at t.
+    """
+
+    hi: Array
+    lo: Array
+    from_start: Array
+    to_end: Array
+
+    @classmethod
+    def of(cls, log_a: Float[Array, "*batch T H"]) -> "Decays":
+        """Logarithms of one sign are summed: that cancels nothing."""
+        time = log_a.ndim - 2
+        later = jax.lax.slice_in_dim(log_a, 1, None, axis=time)
+        later = jax.lax.cumsum(later, axis=time, reverse=True)
+        later = jnp.concatenate([later, jnp.zeros_like(log_a[..., :1, :])], axis=time)
+        return cls(
+            *_exact_sums(jnp.swapaxes(log_a, -1, -2)),
+            from_start=jnp.exp(jnp.cumsum(log_a, axis=time)),
+            to_end=jnp.exp(later),
+        )
+
+
+def dual(x, dt, decays: Decays, B, C) -> tuple[Array, Array]:
+    """y = (L ∘ C Bᵀ)(dt x) and the state that x leaves, Bᵀ(to_end dt x)."""
+    G = B.shape[-2]
+    dt_x = dt[..., None] * x
+    L = split_heads(mask(decays.hi, decays.lo), G, 1)
+    M = L * jnp.einsum("bsgn,blgn->bgls", B, C)[:, :, None]
+    y = jnp.einsum("bsgrp,bgrls->bgrlp", split_heads(dt_x, G, 2), M)
+    writes = split_heads(decays.to_end[..., None] * dt_x, G, 2)
+    h = jnp.einsum("bsgrp,bsgn->bgnrp", writes, B)
+    return jnp.swapaxes(merge_heads(y, 1), 1, 2), h
+
+
+def read_state(decays: Decays, C, h: Float[Array, "b G N R P"]) -> Array:
+    """What the state h before the first token adds to y: from_start (C h)."""
+    read = jnp.swapaxes(jnp.einsum("bgnrp,blgn->bglrp", h, C), 1, 2)
+    return decays.from_start[..., None] * merge_heads(read, 2)
+
+
+def whole_decay(decays: Decays, G: int) -> Float[Array, "b G 1 R 1"]:
+    """a_1 ... a_T: what is left at T of the state before."""
+    return split_heads(decays.from_start[:, -1], G, 1)[:, :, None, :, None]
+
+
+def split_state(h: Float[Array, "b H P N"], G: int) -> Float[Array, "b G N R P"]:
+    return jnp.moveaxis(split_heads(h, G, 1), -1, 2)
+
+
+def merge_state(h: Float[Array, "b G N R P"]) -> Float[Array, "b H P N"]:
+    return merge_heads(jnp.moveaxis(h, 2, -1), 1)
+
+
+def mask(hi, lo):
+    """L = exp(S) from the two parts of the cumulative sums."""
+    return jnp.exp(_differences(hi, lo))
+
+
+def _differences(hi: Array, lo: Array) -> Array:
+    """S_ts = (hi_t - hi_s) + (lo_t - lo_s) for s < t, 0 for s = t, else -inf."""
+    S = (hi[..., :, None] - hi[..., None, :]) + (lo[..., :, None] - lo[..., None, :])
+    shape = (1,) * (S.ndim - 2) + S.shape[-2:]
+    t, s = (jax.lax.broadcasted_iota(jnp.int32, shape, S.ndim - i) for i in (2, 1))
+    return jnp.where(s < t, S, jnp.where(s == t, 0.0, -jnp.inf))
+
+
+def _exact_sums(log_a: Array) -> tuple[Array, Array]:
+    """Cumulative sums along the last axis as hi + lo, those of hi exact."""
+    bits = jnp.finfo(log_a.dtype).nmant
+    total = jax.lax.stop_gradient(jnp.sum(jnp.abs(log_a), axis=-1, keepdims=True))
+    exponent = jnp.maximum(jnp.frexp(total)[1], -64)  # total < 2**exponent
+    unit = jnp.ldexp(jnp.ones_like(total), exponent - bits)
+    hi = jax.lax.stop_gradient(jnp.round(log_a / unit) * unit)
+    return jnp.cumsum(hi, axis=-1), jnp.cumsum(log_a - hi, axis=-1)

@@ -200,23 +200,23 @@ def test_B_and_C_are_never_repeated_for_each_head():
 
 # --- the checks can fail --------------------------------------------------------------
 
+
+def one_token_late(sums):
+    return jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums[..., :-1]], axis=-1)
+
+
+RIGHT = ssdlib.quadratic.mask
 MUTANTS = {
-    "no mask": lambda log_a: jnp.exp(
-        jnp.cumsum(log_a, -1)[..., :, None] - jnp.cumsum(log_a, -1)[..., None, :]
-    ),
-    "decay shifted by one": lambda log_a: jnp.tril(
-        jnp.exp(ssdlib.quadratic.segsum(jnp.roll(log_a, 1, axis=-1)))
-    ),
-    "diagonal lost": lambda log_a: jnp.tril(
-        jnp.exp(ssdlib.quadratic.segsum(log_a)), -1
-    ),
+    "no mask": lambda hi, lo: jnp.exp(hi[..., :, None] - hi[..., None, :]),
+    "decay shifted by one": lambda hi, lo: RIGHT(*map(one_token_late, (hi, lo))),
+    "diagonal lost": lambda hi, lo: jnp.tril(RIGHT(hi, lo), -1),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_a_broken_mask_is_noticed(monkeypatch, mutant):
     inputs = ssd_inputs(29)
-    monkeypatch.setattr(ssdlib.quadratic, "decay_mask", mutant)
+    monkeypatch.setattr(ssdlib.quadratic, "mask", mutant)
     for form in (ssd_quadratic, partial(ssd_chunked, chunk_size=7)):
         y, _ = form(*inputs)
         assert oracle.error(y, oracle.ssd(*inputs)[0]) > 1e-2
