@@ -90,7 +90,7 @@ def glossary():
     """(term, definition) pairs of the glossary."""
     text = (BOOK / "glossary.md").read_text()
     body = re.search(r":::\{glossary\}\n(.*?):::", text, re.S)[1]
-    return re.findall(r"^(\S.*)\n((?:  .*\n)+)", body, re.M)
+    return re.findall(r"^\*\*(.+)\*\*\n((?:  .*\n)+)", body, re.M)
 
 
 def test_the_glossary_is_sorted_short_and_points_to_chapters():
