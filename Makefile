@@ -15,19 +15,24 @@ SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/tiny/* tests/golden/*) requireme
   $(wildcard book/results/*.* book/results/*/*))
 
 .NOTPARALLEL:
-.PHONY: help book serve site pdf test lint pytest notebooks extras format bench \
+.PHONY: help book serve lab site pdf test lint pytest notebooks extras format bench \
   elsewhere readme repository lock clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 book: $(READY) _build/sources ## run the chapters that changed and build the book
+	@test -d $(CACHE) || echo "The first time, every chapter runs: about ten minutes ..."
 	$(BIN)/jupyter-book build . -W --keep-going -n
 	@echo "Open _build/html/index.html, or run: make serve"
 
 serve: ## serve the built book on http://127.0.0.1:8000
 	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
 	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory _build/html
+
+lab: $(READY) ## open the chapters in JupyterLab, to change and run them
+	$(BIN)/python -m pip install --quiet -c requirements.txt jupyterlab
+	$(BIN)/jupyter lab book
 
 site: $(READY) ## test the built book in Chromium (after make extras, make book)
 	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
@@ -94,6 +99,8 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@mkdir -p .venv/etc/ipython # else each kernel warns that it talks over plain TCP
+	@echo 'c.IPKernelApp.log_level = "ERROR"' > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@
 
 _build/sources: FORCE

@@ -89,15 +89,15 @@ def test_a_field_has_its_comment_and_its_default():
 def glossary():
     """(term, definition) pairs of the glossary."""
     text = (BOOK / "glossary.md").read_text()
-    body = re.search(r"```\{glossary\}\n(.*?)```", text, re.S)[1]
-    return re.findall(r"^(\S.*)\n((?:  .*\n)+)", body, re.M)
+    body = re.search(r":::\{glossary\}\n(.*?):::", text, re.S)[1]
+    return re.findall(r"^\*\*(.+)\*\*\n((?:  .*\n)+)", body, re.M)
 
 
 def test_the_glossary_is_sorted_short_and_points_to_chapters():
     terms = [term.lower() for term, _ in glossary()]
     assert terms == sorted(set(terms)) and len(terms) >= 40
     for term, text in glossary():
-        chapters = re.findall(r"Chapter \[(\d+)\]\((\w+)\)", text)
+        chapters = re.findall(r"Chapter \[(\d+)\]\((\w+)\.ipynb\)", text)
         assert len(chapters) == 1, term
         (number, slug), prose = chapters[0], text.split(" Chapter [")[0]
         assert (BOOK / f"{slug}.ipynb").exists() and int(number) == int(slug[:2])
@@ -106,7 +106,7 @@ def test_the_glossary_is_sorted_short_and_points_to_chapters():
 
 def test_a_term_of_the_glossary_occurs_in_the_chapter_that_it_names():
     for term, text in glossary():
-        slug = re.search(r"\]\((\w+)\)", text)[1]
+        slug = re.search(r"\]\((\w+)\.ipynb\)", text)[1]
         cells = json.loads((BOOK / f"{slug}.ipynb").read_text())["cells"]
         chapter = "\n".join("".join(cell["source"]) for cell in cells).lower()
         word = term.lower().rstrip("e")  # donate, donated, donating
@@ -116,8 +116,25 @@ def test_a_term_of_the_glossary_occurs_in_the_chapter_that_it_names():
 def test_the_introduction_links_terms_to_the_glossary():
     cells = json.loads((BOOK / "intro.ipynb").read_text())["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells)
-    linked = {m[1] or m[2] for m in re.finditer(r"\]\((?:#(\w+)|<#([^>]+)>)\)", text)}
-    assert len(linked) >= 5 and linked <= {term for term, _ in glossary()}
+    linked = set(re.findall(r"\]\(glossary\.md#([\w-]+)\)", text))
+    words = {term.lower().replace(" ", "-") for term, _ in glossary()}
+    assert len(linked) >= 5 and linked <= words
+
+
+def test_links_between_pages_name_files_so_that_jupyterlab_and_github_follow_them():
+    link = re.compile(r"\]\((?!\w+:)([^)\s#]+)(?:#[\w-]+)?\)")
+    pages = [p for p in BOOK.rglob("*") if p.suffix in (".md", ".ipynb")]
+    found = 0
+    for page in pages:
+        text = page.read_text()
+        if page.suffix == ".ipynb":
+            cells = json.loads(text)["cells"]
+            prose = [c for c in cells if c["cell_type"] == "markdown"]
+            text = "\n".join("".join(cell["source"]) for cell in prose)
+        for target in link.findall(text):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+            found += 1
+    assert found > 100
 
 
 @pytest.mark.filterwarnings("ignore")  # of what Sphinx imports

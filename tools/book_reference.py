@@ -4,6 +4,7 @@ autodoc would print `x: jaxtyping.Float[Array, 'b T H P']` for every argument. H
 signature holds names and defaults only, and a table below the first sentence gives each
 argument its kind and shape, `float (b, T, H, P)`. Classes get such a table of fields,
 with the comments of the source. Docstrings are plain text with `code` in backticks.
+Also lets pages link to words of the glossary.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import inspect
 import re
 import types
 import typing
+
+from docutils import nodes
 
 import ssdlib
 
@@ -155,9 +158,21 @@ def docstring(app, what, name, obj, options, lines):
     lines[end:] = ["", *middle, *lines[end:]]
 
 
+def glossary(app, doctree):
+    """Let [mask](glossary.md#mask) find its word, as MyST lets it find a heading.
+
+    A link that names the file also works in JupyterLab and on GitHub.
+    """
+    slugs = app.env.metadata[app.env.docname].setdefault("myst_slugs", {})
+    for word in doctree.findall(nodes.term):
+        slug = "-".join(word.astext().lower().split())
+        slugs[slug] = (word.line, word["ids"][0], word.astext())
+
+
 def setup(app):
     """Register with Sphinx."""
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", docstring)
+    app.connect("doctree-read", glossary)
     return {"version": "1", "parallel_read_safe": True}

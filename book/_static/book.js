@@ -8,6 +8,19 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("article th").forEach((cell) => {
     if (!cell.textContent.trim()) cell.replaceWith(document.createElement("td"));
   });
+  // A formula keeps a bracket before it and a stop after it on its line.
+  document.querySelectorAll("article span.math").forEach((math) => {
+    const { previousSibling: left, nextSibling: right } = math;
+    const [before] = /[(\[“]$/.exec(left?.nodeValue ?? "") ?? [""];
+    const [after] = /^[.,;:!?)\]”’]+/.exec(right?.nodeValue ?? "") ?? [""];
+    if (!before && !after) return;
+    const line = document.createElement("span");
+    line.style.whiteSpace = "nowrap";
+    math.replaceWith(line);
+    line.append(before, math, after);
+    if (before) left.nodeValue = left.nodeValue.slice(0, -1);
+    if (after) right.nodeValue = right.nodeValue.slice(after.length);
+  });
   // A box that scrolls can be reached by Tab, then scrolled with the arrow keys. The theme
   // sees to code and tables.
   const watch = new ResizeObserver((entries) => {

@@ -169,6 +169,7 @@ BROKEN = {
     "barriers": '<p style="color: #bbb">pale words</p>',
     "barriers to names": "<button></button>",
     "sticking_out": '<p style="width: 2000px">wide</p>',
+    "sticking_out of a line": '<p><i style="overflow: auto"><input size="999"></i></p>',
 }
 
 

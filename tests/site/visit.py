@@ -93,8 +93,11 @@ class Visit:
           const root = document.documentElement;
           const wide = (e) => {
             if (e.getBoundingClientRect().right <= root.clientWidth + 1) return false;
-            for (let a = e.parentElement; a.localName != "article"; a = a.parentElement)
-              if (getComputedStyle(a).overflowX != "visible") return false;
+            let a = e;
+            while ((a = a.parentElement).localName != "article") {
+              const { display, overflowX } = getComputedStyle(a);
+              if (display != "inline" && overflowX != "visible") return false;
+            }
             return true;
           };
           const bad = [...document.querySelectorAll("article *")].filter(wide)
