@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ssdlib import model
 from ssdlib._checks import check_integers, check_range, check_tokens
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import bucket
-from ssdlib.model import ArrayLike, Params, rms_norm
+from ssdlib.model import ArrayLike, rms_norm
+from ssdlib.params import Params
+from ssdlib.params import init_params as init_mamba_params
 
 __all__ = [
     "AttentionConfig",
@@ -85,7 +86,7 @@ class AttentionConfig:
             return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
         one, two = (count(init_params, cls(*sizes, d_ff)) for d_ff in (1, 2))
-        spare = count(model.init_params, config) - one
+        spare = count(init_mamba_params, config) - one
         return cls(*sizes, max(1, 1 + round(spare / (two - one))))
 
 

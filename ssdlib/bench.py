@@ -22,10 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ssdlib import record, roofline
+from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import generate
 from ssdlib.hlo_view import count
-from ssdlib.model import CHUNK, Params, forward, init_cache, init_params, prefill
+from ssdlib.model import CHUNK, forward, prefill
+from ssdlib.params import Params, init_params
 from ssdlib.roofline import HARDWARE, Chip, Work
 
 __all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "work"]

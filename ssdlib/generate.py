@@ -19,15 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_range, check_tokens
+from ssdlib.cache import Cache, check_cache, init_cache
 from ssdlib.config import Mamba2Config
-from ssdlib.model import (
-    ArrayLike,
-    Cache,
-    Params,
-    check_cache,
-    init_cache,
-    prefill_any,
-)
+from ssdlib.model import ArrayLike, prefill_any
+from ssdlib.params import Params
 
 __all__ = ["Generation", "bucket", "generate", "sample", "stream"]
 

@@ -22,17 +22,11 @@ from jax.sharding import PartitionSpec as S
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_range, check_tokens
+from ssdlib.cache import Cache, move_on
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
-from ssdlib.model import (
-    ArrayLike,
-    Cache,
-    Params,
-    _causal_conv,
-    _linear,
-    move_on,
-    rms_norm,
-)
+from ssdlib.model import ArrayLike, _causal_conv, _linear, rms_norm
+from ssdlib.params import Params
 from ssdlib.recurrence import accumulator, merge_heads, split_heads, ssd_step
 from ssdlib.sharding import (
     cache_spec,

@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
-from ssdlib import model
+from ssdlib import cache as one_device
+from ssdlib.cache import Cache
 from ssdlib.config import Mamba2Config
-from ssdlib.model import Cache, Params
+from ssdlib.params import Params
 from ssdlib.weights import open_slices
 
 __all__ = ["init_cache", "load", "make_mesh", "shard", "spread"]
@@ -221,7 +222,7 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
     """`init_cache` as `ShapeDtypeStruct`s, to compile with."""
     check_batch(mesh, batch_size)
     local, n = local_config(config, mesh), mesh.shape["model"]
-    cache = jax.eval_shape(lambda: model.init_cache(config, batch_size, dtype))
+    cache = jax.eval_shape(lambda: one_device.init_cache(config, batch_size, dtype))
 
     conv = (*cache.conv.shape[:3], n * local.d_xBC)
     cache = replace(cache, conv=jax.ShapeDtypeStruct(conv, cache.conv.dtype))

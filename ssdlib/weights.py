@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ssdlib.config import Mamba2Config
 from ssdlib.config_json import load_config, to_json
 from ssdlib.hub import check_torch, resolve, unique
-from ssdlib.model import Params
+from ssdlib.params import Params
 
 __all__ = ["load", "save"]
 

@@ -18,6 +18,8 @@ ORDER = [  # a module imports only from those above it
     "chunked",
     "recurrences",
     "nonscalar",
+    "params",
+    "cache",
     "model",
     "hub",
     "config_json",
