@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssdlib._checks import check_is, check_size, floating
 from ssdlib.config import Mamba2Config
 from ssdlib.recurrence import accumulator
 
@@ -44,10 +45,11 @@ class Cache:
 def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cache:
     """The cache before the first token: zeros. h is float32 (float64 if dtype is).
 
-    Raises ValueError if batch_size is below 1.
+    Raises ValueError for a wrong config, batch_size or dtype.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size}; it must be at least 1")
+    check_is("config", config, Mamba2Config)
+    check_size("batch_size", batch_size)
+    dtype = floating(dtype)
     conv = (batch_size, config.n_layers, config.d_conv - 1, config.d_xBC)
     h = (batch_size, config.n_heads, config.head_dim, config.d_state)
     h_dtype = accumulator(jnp.empty(0, dtype))
@@ -65,6 +67,7 @@ def move_on(conv, tails):
 
 def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
     """Raise ValueError unless the cache belongs to this model and batch size."""
+    check_is("cache", cache, Cache)
     want = jax.eval_shape(lambda: init_cache(config, batch_size))
     got, want = (
         (jnp.shape(c.conv), [jnp.shape(h) for h in c.h]) for c in (cache, want)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_integers, check_range, check_tokens
+from ssdlib._checks import check_integers, check_is, check_range, check_tokens
 from ssdlib.cache import Cache, check_cache, init_cache, move_on
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
-from ssdlib.params import Params, init_params
+from ssdlib.params import Params, check_params, init_params
 from ssdlib.recurrence import accumulator, ssd_step
 
 __all__ = [
@@ -53,6 +53,7 @@ def forward(
     range; inside a compiled program, where values cannot be checked, a token outside
     the vocabulary turns the logits of its row to NaN.
     """
+    _check_model(params, config)
     check_tokens(tokens, config.vocab_size, lengths)
     return _forward(params, config, jnp.asarray(tokens), lengths)
 
@@ -71,6 +72,7 @@ def prefill(
     head runs on one position per row. Errors as in `forward`. The cache that you pass
     stays valid.
     """
+    _check_model(params, config)
     check_tokens(tokens, config.vocab_size, lengths)
     if cache is None:
         cache = init_cache(config, len(tokens), params["embedding"].dtype)
@@ -88,10 +90,17 @@ def decode_step(
     the weights and of the cache. Errors as in `forward`. To loop on the device, use
     `generate`; to loop yourself, jit this with the cache donated.
     """
+    _check_model(params, config)
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_cache(config, cache, len(token))
     return _prefill(params, config, jnp.asarray(token)[:, None], cache, None)
+
+
+def _check_model(params, config) -> None:
+    """Raise ValueError unless config is one, and params are its parameters."""
+    check_is("config", config, Mamba2Config)
+    check_params(params, config)
 
 
 @partial(jax.jit, static_argnames="config")

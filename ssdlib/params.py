@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ssdlib._checks import check_is, check_key, floating, told
 from ssdlib.config import Mamba2Config
 
-__all__ = ["Params", "init_params"]
+__all__ = ["Params", "check_params", "init_params"]
 
 Params = dict
 
@@ -25,8 +26,11 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
 
     Decays, skips and norm weights stay float32. Initialization as the reference code:
     A in -[1, 16], dt in [0.001, 0.1] on a log scale, output projections scaled by
-    1 / sqrt(n_layers).
+    1 / sqrt(n_layers). Raises ValueError for a wrong config, key or dtype.
     """
+    check_is("config", config, Mamba2Config)
+    check_key(key)
+    dtype = floating(dtype)
     d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
     f32 = jnp.float32
 
@@ -68,3 +72,22 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
     if not config.tie_embeddings:
         params["head"] = matrix(k_head, config.vocab_size, d)
     return params
+
+
+def check_params(params, config: Mamba2Config | None = None, name="params") -> None:
+    """Raise ValueError unless params are the pytree of a model, and of this config.
+
+    Looks at the layers' number and the embedding alone, as it runs before every step.
+    """
+    tree = params if isinstance(params, dict) else {}
+    layers, embedding = tree.get("layers"), tree.get("embedding")
+    if not isinstance(layers, (tuple, list)) or not hasattr(embedding, "shape"):
+        raise ValueError(f"{name}: {told(params)}; it must be what init_params returns")
+    if config is not None:
+        got = len(layers), *embedding.shape
+        want = config.n_layers, config.vocab_size, config.d_model
+        if got != want:
+            raise ValueError(
+                f"{name}: (layers, rows and columns of the embedding) is {got}; config "
+                f"asks for {want}"
+            )

@@ -9,6 +9,7 @@ weights_only=True.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from ssdlib._checks import check_is, floating
 from ssdlib.config import Mamba2Config
 from ssdlib.config_json import load_config, to_json
 from ssdlib.hub import check_torch, resolve, unique
-from ssdlib.params import Params
+from ssdlib.params import Params, check_params
 
 __all__ = ["load", "save"]
 
@@ -49,7 +51,7 @@ def load(
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
-    dtype = _floating(dtype)
+    dtype = floating(dtype)
     config, stored, want = _open(source, revision)
     return _read(config, stored, want, dtype), config
 
@@ -63,7 +65,7 @@ def open_slices(
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
     """
-    dtype = _floating(dtype)
+    dtype = floating(dtype)
     config, stored, want = _open(source, revision)
     out = {}
     for name, (_, parts) in want.items():
@@ -78,12 +80,6 @@ def open_slices(
             out[place] = jax.ShapeDtypeStruct(shape, kind), part
             row += shape[0]
     return config, out
-
-
-def _floating(dtype):
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(f"dtype: {jnp.dtype(dtype)}; it must be floating point")
-    return jnp.dtype(dtype)
 
 
 def _open(source, revision):
@@ -159,6 +155,9 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
     Raises ValueError for parameters that are not those of this config. transformers
     itself wants `d_inner` to be a whole multiple of `d_model`.
     """
+    check_is("folder", folder, str, os.PathLike)
+    check_is("config", config, Mamba2Config)
+    check_params(params)
     tensors, used = {}, 0
     for name, (shape, parts) in _layout(config).items():
         values = []
