@@ -168,6 +168,13 @@ def evaluate(args) -> None:
     print(f"{result.tokens / seconds:.0f} tokens/s", file=sys.stderr)
 
 
+def add_sizes(p) -> None:
+    """Declare which published model, how many rows and which dtype to compile."""
+    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+
+
 def add_inspect(commands) -> None:
     """Declare the `inspect` command."""
     p = commands.add_parser(
@@ -177,12 +184,10 @@ def add_inspect(commands) -> None:
         "list its kernels by the line of JAX that they come from. Nothing is run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    add_sizes(p)
     p.add_argument("--what", choices=["decode", "prefill"], default="decode")
     p.add_argument("--target", default="cpu", help="cpu, tpu-v6e, l40s, h100, ...")
-    p.add_argument("--batch", type=int, default=1)
     p.add_argument("--tokens", type=int, default=1024, help="of a prefill")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--by", choices=["line", "kernel"], default="line")
     p.add_argument("--rows", type=int, default=20)
     p.set_defaults(run=inspect)
@@ -230,13 +235,9 @@ def compile_preset(args, config):
     import jax.numpy as jnp
 
     import ssdlib
+    from ssdlib.bench import shapes
 
-    def build():
-        key, dtype = jax.random.key(0), jnp.dtype(args.dtype)
-        params = ssdlib.init_params(config, key, dtype)
-        return params, ssdlib.init_cache(config, args.batch, dtype)
-
-    params, cache = jax.eval_shape(build)
+    params, cache = shapes(config, args.batch, args.dtype)
     shape = (args.batch,) if args.what == "decode" else (args.batch, args.tokens)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     fn = ssdlib.decode_step if args.what == "decode" else ssdlib.prefill
@@ -254,12 +255,10 @@ def add_bench(commands) -> None:
         "write a record of every sample. Weights are random unless --model is given.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    add_sizes(p)
     p.add_argument("--model", help='instead: "tiny", a folder, or a hub id')
     p.add_argument("--what", default="prefill,decode,uncached")
     p.add_argument("--lengths", default="128,...,4096", help="tokens; ... doubles")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     p.add_argument("--target", help="cpu, tpu-v6e, l40s, ...: an attached device")
     p.add_argument("--out", help="folder of the record; default: that of the book")
