@@ -47,6 +47,7 @@ ORDER = [  # a module imports only from those above it
     "claims",
     "notebook",
     "__init__",
+    "commands",
     "__main__",
 ]
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
