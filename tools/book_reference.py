@@ -143,9 +143,7 @@ def options(name: str) -> list[str]:
         if action.default is not None:
             remark += f"; ``{action.default}`` if not given"
         word = action.option_strings[0] if action.option_strings else action.dest
-        rows += [
-            (f"``{word}``", action.type.__name__ if action.type else "text", remark)
-        ]
+        rows += [(f"``{word}``", remark, "")]
     return [markup(parser.description), "", *table(rows)]
 
 
