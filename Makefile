@@ -62,7 +62,8 @@ format: $(READY) ## format code and chapters, drop the chapters' outputs
 	$(STRIP) book/*.ipynb
 
 # benchmarks/compare.py says what else there is: all of it takes much longer.
-BENCH ?= --what peers,limits,own --dtype float32 --repeats 3
+BENCH ?= --what peers,limits --peers mamba2-jax,transformers,llama.cpp --dtype float32 \
+  --repeats 3
 bench: $(READY) ## time ssdlib beside what is installed: BENCH="--peers transformers"
 	$(BIN)/python benchmarks/compare.py --out _build/compare $(BENCH)
 
