@@ -66,8 +66,11 @@ format: $(READY) ## format code and chapters, drop the chapters' outputs
 	$(BIN)/ruff format .
 	$(STRIP) book/*.ipynb
 
-bench: $(READY) ## run every script in benchmarks/
-	@set -e; for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f"; done
+# benchmarks/compare.py says what else there is: all of it takes much longer.
+BENCH ?= --what peers,limits --peers mamba2-jax,transformers,llama.cpp --dtype float32 \
+  --repeats 3
+bench: $(READY) ## time ssdlib beside what is installed: BENCH="--peers transformers"
+	$(BIN)/python benchmarks/compare.py --out _build/compare $(BENCH)
 
 elsewhere: $(READY) ## run three chapters in a bare environment, installed as in Colab
 	$(BIN)/pytest -m slow tests/test_publish.py

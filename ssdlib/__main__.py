@@ -2,21 +2,35 @@
 
 import argparse
 import sys
-import time
+
+from ssdlib import commands
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for input that cannot be used."""
+class Parser(argparse.ArgumentParser):
+    """Of one command; its help shows what an option is if not given."""
+
+    def __init__(self, **options):
+        kind = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=kind, **options)
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
+    """The parser of the command line, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="python -m ssdlib",
         description="Mamba-2 in plain JAX: one program for CPU, GPU and TPU.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_generate(commands)
-    add_evaluate(commands)
-    add_inspect(commands)
-    add_bench(commands)
-    args = parser.parse_args(argv)
+    subparsers = parser.add_subparsers(
+        dest="command", required=True, parser_class=Parser
+    )
+    for add in (add_generate, add_evaluate, add_inspect, add_bench):
+        add(subparsers)
+    return parser, subparsers.choices
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for input that cannot be used."""
+    args = parsers()[0].parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -28,17 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def add_generate(commands) -> None:
+def add_generate(subparsers) -> None:
     """Declare the `generate` command."""
-    p = commands.add_parser(
+    p = subparsers.add_parser(
         "generate",
         help="continue a text",
         description="Continue a text and stream it; statistics go to standard error.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("prompt", help="the text to continue")
     add_model(p)
-    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--max-new-tokens", type=int, default=200, help="at most")
     p.add_argument(
         "--temperature", type=float, default=0.7, help="0 takes the likeliest token"
     )
@@ -50,12 +63,12 @@ def add_generate(commands) -> None:
         help="draw from the smallest set of tokens with this probability",
     )
     p.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
-    p.set_defaults(run=generate)
+    p.set_defaults(run=commands.generate)
 
 
-def add_evaluate(commands) -> None:
+def add_evaluate(subparsers) -> None:
     """Declare the `evaluate` command."""
-    p = commands.add_parser(
+    p = subparsers.add_parser(
         "evaluate",
         help="perplexity of a text",
         description=(
@@ -63,11 +76,10 @@ def add_evaluate(commands) -> None:
             "carried from piece to piece, so every token is predicted from all before "
             "it. The first token is read and not scored."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--text", required=True, help="a file in UTF-8")
     add_model(p)
-    p.set_defaults(run=evaluate)
+    p.set_defaults(run=commands.evaluate)
 
 
 def add_model(p) -> None:
@@ -81,220 +93,57 @@ def add_model(p) -> None:
     p.add_argument(
         "--tokenizer", help="folder or hub id of a tokenizer.json outside the model"
     )
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add_dtype(p)
 
 
-def load_model(args) -> tuple:
-    """(params, config, tokenizer) of the model that args name."""
-    import jax
-
-    from ssdlib import load
-    from ssdlib.text import load_tokenizer
-
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    else:
-        tokenizer = load_tokenizer(args.model, args.revision)
-    dtype = jax.numpy.dtype(args.dtype)
-    return *load(args.model, dtype, args.revision), tokenizer
+def add_dtype(p) -> None:
+    """Declare the dtype of the weights."""
+    kinds = ["float32", "bfloat16"]
+    p.add_argument("--dtype", choices=kinds, default="float32", help="of the weights")
 
 
-def generate(args) -> None:
-    """Stream a continuation of args.prompt."""
-    import jax
-    import numpy as np
-
-    from ssdlib import stream
-
-    if not args.prompt:
-        raise ValueError("prompt: it is empty; give at least one character")
-    params, config, tokenizer = load_model(args)
-    prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
-    start = time.perf_counter()
-    blocks = stream(
-        params,
-        config,
-        prompt,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        eos_id=tokenizer.eos_id,
-        key=jax.random.key(args.seed),
-    )
-    print(args.prompt, end="", flush=True)
-    ids, shown, first = [], 0, None
-    for block in blocks:
-        ids += [int(i) for i in block[0]]
-        if tokenizer.eos_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_id)]
-        text = tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
-        print(text[shown:], end="", flush=True)
-        shown = max(shown, len(text))
-        first = first or (len(ids), time.perf_counter())
-    print()
-    (n_first, t_first), t_last = first, time.perf_counter()
-    line = f"{len(ids)} tokens; first {n_first} after {t_first - start:.1f} s"
-    if len(ids) > n_first:
-        line += f", then {(len(ids) - n_first) / (t_last - t_first):.0f} tokens/s"
-    print(f"{line} on {jax.devices()[0].device_kind}", file=sys.stderr)
+def add_sizes(p) -> None:
+    """Declare which published model, how many rows and which dtype to compile."""
+    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    p.add_argument("--batch", type=int, default=1, help="rows, read side by side")
+    add_dtype(p)
 
 
-def evaluate(args) -> None:
-    """Print tokens, loss, perplexity and bits per byte of args.text."""
-    import math
-    from pathlib import Path
-
-    import numpy as np
-
-    from ssdlib.evaluate import evaluate as score
-
-    try:
-        text = Path(args.text).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text: {args.text} is not UTF-8 ({error})") from error
-    params, config, tokenizer = load_model(args)
-    ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise ValueError(f"text: {args.text} has {len(ids)} tokens; it needs 2 or more")
-    start = time.perf_counter()
-    result = score(params, config, np.asarray(ids, np.int32))
-    seconds = time.perf_counter() - start
-    scored = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
-    print(f"tokens scored   {result.tokens}")
-    print(f"nats per token  {result.loss:.6f}")
-    print(f"perplexity      {result.perplexity:.4f}")
-    print(f"bits per byte   {result.nats / math.log(2) / scored:.6f}")
-    print(f"{result.tokens / seconds:.0f} tokens/s", file=sys.stderr)
-
-
-def add_inspect(commands) -> None:
+def add_inspect(subparsers) -> None:
     """Declare the `inspect` command."""
-    p = commands.add_parser(
+    p = subparsers.add_parser(
         "inspect",
         help="compile for a chip, here or not, and show the program",
         description="Compile a published model for a chip, attached or absent, and "
         "list its kernels by the line of JAX that they come from. Nothing is run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
-    p.add_argument("--what", choices=["decode", "prefill"], default="decode")
+    add_sizes(p)
+    programs = ["decode", "prefill"]
+    p.add_argument("--what", choices=programs, default="decode", help="the program")
     p.add_argument("--target", default="cpu", help="cpu, tpu-v6e, l40s, h100, ...")
-    p.add_argument("--batch", type=int, default=1)
     p.add_argument("--tokens", type=int, default=1024, help="of a prefill")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    p.add_argument("--by", choices=["line", "kernel"], default="line")
-    p.add_argument("--rows", type=int, default=20)
-    p.set_defaults(run=inspect)
+    views = ["line", "kernel"]
+    p.add_argument("--by", choices=views, default="line", help="what a row stands for")
+    p.add_argument("--rows", type=int, default=20, help="of the table, at most")
+    p.set_defaults(run=commands.inspect)
 
 
-def inspect(args) -> None:
-    """Print the table of kernels of args.preset on args.target, and its totals."""
-    from ssdlib import Mamba2Config, roofline
-    from ssdlib.hlo_view import count
-
-    for name in ("batch", "tokens", "rows"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}: {getattr(args, name)}; it must be at least 1")
-    config = Mamba2Config.preset(args.preset)
-    program = compile_preset(args, config)
-    print(program.show(args.rows, args.by))
-    if args.what == "decode":
-        sizes = config, args.batch
-    else:
-        sizes = config, args.batch, args.tokens
-    itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
-    work = getattr(roofline, args.what)(*sizes, itemsize)
-    cycles = (
-        ""
-        if program.cycles is None
-        else f", {count(program.cycles)} cycles (its estimate)"
-    )
-    flops, size = count(program.flops, "FLOP"), count(program.bytes, "B")
-    print(
-        f"\n{program.launches} kernels, {program.fusions} fusions, custom calls: "
-        f"{program.custom_calls or 'none'}; compiled in {program.compile_seconds} s\n"
-        f"compiled: {flops}, {size}{cycles}\n"
-        f"by hand:  {count(work.flops, 'FLOP')}, {count(work.bytes, 'B')} at least"
-    )
-    if args.target in roofline.HARDWARE:
-        chip = roofline.HARDWARE[args.target]
-        print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
-    memory = ", ".join(f"{k} {count(v, 'B')}" for k, v in program.memory.items())
-    print(f"memory: {memory}")
-
-
-def compile_preset(args, config):
-    """The compiled decode step or prefill that the arguments describe."""
-    import jax
-    import jax.numpy as jnp
-
-    import ssdlib
-
-    def build():
-        key, dtype = jax.random.key(0), jnp.dtype(args.dtype)
-        params = ssdlib.init_params(config, key, dtype)
-        return params, ssdlib.init_cache(config, args.batch, dtype)
-
-    params, cache = jax.eval_shape(build)
-    shape = (args.batch,) if args.what == "decode" else (args.batch, args.tokens)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    fn = ssdlib.decode_step if args.what == "decode" else ssdlib.prefill
-    return ssdlib.compile_for(
-        fn, params, config, tokens, cache, target=args.target, donate_argnums=3
-    )
-
-
-def add_bench(commands) -> None:
+def add_bench(subparsers) -> None:
     """Declare the `bench` command."""
-    p = commands.add_parser(
+    p = subparsers.add_parser(
         "bench",
         help="measure prefill, cached decode and uncached generation",
         description="Time a published model on the attached device, print a table and "
         "write a record of every sample. Weights are random unless --model is given.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--preset", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
+    add_sizes(p)
     p.add_argument("--model", help='instead: "tiny", a folder, or a hub id')
-    p.add_argument("--what", default="prefill,decode,uncached")
+    p.add_argument("--what", default="prefill,decode,uncached", help="what to time")
     p.add_argument("--lengths", default="128,...,4096", help="tokens; ... doubles")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     p.add_argument("--target", help="cpu, tpu-v6e, l40s, ...: an attached device")
     p.add_argument("--out", help="folder of the record; default: that of the book")
-    p.set_defaults(run=bench)
-
-
-def bench(args) -> None:
-    """Measure what args say, print the table and write the record."""
-    from pathlib import Path
-
-    import jax
-
-    from ssdlib import Mamba2Config, load, record
-    from ssdlib import bench as benchmark
-
-    what, lengths = args.what.split(","), benchmark.doubling(args.lengths)
-    folder = record.writable(args.out)
-    if args.model is None:
-        params, config = None, Mamba2Config.preset(args.preset)
-        name, which = args.preset, f"--preset {args.preset}"
-    else:
-        record.attached(args.target)  # before a long download
-        params, config = load(args.model, jax.numpy.dtype(args.dtype))
-        path = Path(args.model)  # a record tells no paths, but the owner of a hub id
-        name = path.resolve().name
-        which = f"--model {name if path.exists() else args.model}"
-    if args.target is not None:
-        which += f" --target {args.target}"
-    options = {k: getattr(args, k) for k in ("batch", "dtype", "repeats")}
-    command = f"python -m ssdlib bench {which} --what {args.what} --lengths "
-    command += " ".join([args.lengths, *(f"--{k} {v}" for k, v in options.items())])
-    options |= dict(target=args.target, params=params, name=name, command=command)
-    result = benchmark.bench(config, what, lengths, **options)
-    print(record.table(result))
-    print(f"\nwritten: {record.save(result, folder)}")
+    p.set_defaults(run=commands.bench)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_integers", "check_range", "check_shapes", "check_tokens"]
+__all__ = [
+    "check_integers",
+    "check_is",
+    "check_key",
+    "check_range",
+    "check_shapes",
+    "check_size",
+    "check_tokens",
+    "floating",
+    "is_number",
+    "told",
+]
+
+
+def told(value) -> str:
+    """What an argument was, in one line: a short value, or the name of its type."""
+    short = value is None or isinstance(value, (str, bool, int, float))
+    return f"{value!r}" if short else f"a {type(value).__name__}"
+
+
+def check_is(name: str, value, *kinds: type) -> None:
+    """Raise ValueError unless value is of one of these types."""
+    if not isinstance(value, kinds):
+        want = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise ValueError(f"{name}: {told(value)}; it must be a {want}")
+
+
+def check_size(name: str, n) -> None:
+    """Raise ValueError unless n is an integer of at least 1 that fits 32 bits."""
+    whole = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
+    if not whole or not 1 <= n < 2**31:
+        raise ValueError(
+            f"{name}: {told(n)}; it must be an integer of at least 1, below 2**31"
+        )
+
+
+def is_number(value) -> bool:
+    """Whether value is one real number, of Python or in an array without axes."""
+    kinds = int, float, np.number, np.ndarray, jax.Array
+    return isinstance(value, kinds) and np.ndim(value) == 0
+
+
+def floating(dtype) -> jnp.dtype:
+    """The dtype of that name or type. Raises ValueError unless it is floating point."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        what = told(dtype) if found is None else found
+        raise ValueError(f"dtype: {what}; it must be floating point")
+    return found
+
+
+def check_key(key) -> None:
+    """Raise ValueError unless key is one key of `jax.random`, typed or raw."""
+    dtype, rank = getattr(key, "dtype", None), np.ndim(key) if key is not None else 0
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and rank == 0) and not (dtype == jnp.uint32 and rank == 1):
+        what = told(key) if dtype is None else f"{dtype} of shape {key.shape}"
+        raise ValueError(f"key: {what}; it must be a jax.random.key")
+
+
+def _of_array(name: str, x) -> tuple:
+    """(dtype, shape). Raises ValueError for what is no array and no number."""
+    if hasattr(x, "dtype") or isinstance(x, (int, float)):
+        try:
+            return jnp.result_type(x), jnp.shape(x)
+        except (TypeError, OverflowError):
+            pass
+    raise ValueError(f"{name}: {told(x)}; it must be an array of numbers")
 
 
 def check_shapes(**arrays: tuple) -> dict[str, int]:
@@ -15,11 +85,9 @@ def check_shapes(**arrays: tuple) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for name, (array, letters) in arrays.items():
-        if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-            raise ValueError(
-                f"{name}: dtype {jnp.result_type(array)}; it must be floating point"
-            )
-        letters, shape = letters.split(), jnp.shape(array)
+        (dtype, shape), letters = _of_array(name, array), letters.split()
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name}: dtype {dtype}; it must be floating point")
         fits = len(shape) == len(letters) and all(
             sizes.setdefault(d, n) == n for d, n in zip(letters, shape, strict=True)
         )
@@ -31,9 +99,7 @@ def check_shapes(**arrays: tuple) -> dict[str, int]:
 
 def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
     """Raise ValueError unless x holds integers and has this shape (a str: any size)."""
-    if isinstance(x, (list, tuple)):
-        raise ValueError(f"{name}: a {type(x).__name__}; it must be an array")
-    dtype, got = jnp.result_type(x), jnp.shape(x)
+    dtype, got = _of_array(name, x)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name}: dtype {dtype}; it must hold integers")
     if len(got) != len(shape) or any(

@@ -5,25 +5,30 @@
 
 with u = norm(r). The keys K and values V of every past token stay in a cache, and a
 step reads the whole cache. Written like `model` and `generate`: one function for any
-number of tokens, static shapes, one compiled loop, the cache updated in place.
+number of tokens, static shapes, one compiled loop, the cache updated in place. Sizes,
+parameters and cache come from `transformer`.
 Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; rotary positions: Su et
-al. 2021 (arXiv 2104.09864); gated unit: Shazeer 2020 (arXiv 2002.05202); shared keys
-and values: Ainslie et al. 2023 (arXiv 2305.13245).
+al. 2021 (arXiv 2104.09864); gated unit: Shazeer 2020 (arXiv 2002.05202).
 """
 
 import math
-from dataclasses import dataclass, fields
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ssdlib import model
-from ssdlib._checks import check_integers, check_range, check_tokens
-from ssdlib.config import Mamba2Config
+from ssdlib._checks import check_integers, check_range, check_size, check_tokens
 from ssdlib.generate import bucket
-from ssdlib.model import ArrayLike, Params, rms_norm
+from ssdlib.model import ArrayLike, rms_norm
+from ssdlib.params import Params
+from ssdlib.transformer import (
+    AttentionConfig,
+    KVCache,
+    check_cache,
+    init_cache,
+    init_params,
+)
 
 __all__ = [
     "AttentionConfig",
@@ -35,136 +40,6 @@ __all__ = [
     "init_params",
     "prefill",
 ]
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Sizes of a decoder-only Transformer. Frozen and hashable: a static jit argument.
-
-    Raises ValueError if a size is not a positive integer, if head_dim is odd or if the
-    key-value heads do not divide the heads.
-    """
-
-    vocab_size: int  # V
-    d_model: int  # width of the residual stream
-    n_layers: int
-    n_heads: int  # H
-    head_dim: int  # P
-    n_kv_heads: int  # G, heads of keys and values; each serves H/G query heads
-    d_ff: int  # width of the gated unit
-    norm_eps: float = 1e-5
-    rope_base: float = 10_000.0
-
-    def __post_init__(self):
-        for name in (f.name for f in fields(self) if f.type is int):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: {size!r}; it must be a positive integer")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim: {self.head_dim}; it must be even")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads: {self.n_kv_heads}; it must divide n_heads ="
-                f" {self.n_heads}"
-            )
-
-    @classmethod
-    def like(cls, config: Mamba2Config, n_kv_heads: int | None = None):
-        """A Transformer of the same width, head size and number of parameters.
-
-        It has half as many layers: one layer here is two residual blocks, a Mamba-2
-        layer is one. d_ff takes up what parameters are left, to within half a unit.
-        n_kv_heads None gives every head its own keys and values.
-        """
-        n_heads = max(1, config.d_model // config.head_dim)
-        sizes = (config.vocab_size, config.d_model, max(1, config.n_layers // 2))
-        sizes = (*sizes, n_heads, config.head_dim, n_kv_heads or n_heads)
-
-        def count(init, config):
-            shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
-            return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-        one, two = (count(init_params, cls(*sizes, d_ff)) for d_ff in (1, 2))
-        spare = count(model.init_params, config) - one
-        return cls(*sizes, max(1, 1 + round(spare / (two - one))))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the past, one pair of arrays per layer, and how many they are.
-
-    k, v:   each (b G, capacity, P): room for `capacity` tokens from the start, so that
-            shapes stay static.
-    length: tokens read so far.
-    Batch and heads share one axis, so that the products need no reshape. With four axes
-    jax 0.10.2 on a CPU copies the whole cache at every step of a loop.
-    """
-
-    k: tuple  # no array types here: a pytree may also hold shapes or shardings
-    v: tuple
-    length: object  # an int32 scalar array
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit."""
-        return self.k[0].shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays: proportional to the capacity."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-
-def init_cache(
-    config: AttentionConfig, batch_size: int, max_len: int, dtype=jnp.float32
-) -> KVCache:
-    """An empty cache with room for max_len tokens per row.
-
-    A step reads all of it, full or not: make it no longer than the context.
-    Raises ValueError if a size is below 1.
-    """
-    for name, size in (("batch_size", batch_size), ("max_len", max_len)):
-        if size < 1:
-            raise ValueError(f"{name}: {size}; it must be at least 1")
-    shape = (batch_size * config.n_kv_heads, max_len, config.head_dim)
-    k, v = (
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in "kv"
-    )
-    return KVCache(k, v, jnp.zeros((), jnp.int32))
-
-
-def init_params(config: AttentionConfig, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters as a plain pytree: matrices (outputs, inputs) in `dtype`."""
-    d, f32 = config.d_model, jnp.float32
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    residual = 1 / math.sqrt(2 * config.n_layers)
-
-    def matrix(key, outputs, inputs, scale=1.0):
-        bound = scale / math.sqrt(inputs)
-        return jax.random.uniform(key, (outputs, inputs), dtype, -bound, bound)
-
-    def layer(key):
-        keys = jax.random.split(key, 7)
-        return {
-            "norm": jnp.ones(d, f32),
-            "q": matrix(keys[0], q, d),
-            "k": matrix(keys[1], kv, d),
-            "v": matrix(keys[2], kv, d),
-            "out": matrix(keys[3], d, q, residual),
-            "ff_norm": jnp.ones(d, f32),
-            "gate": matrix(keys[4], config.d_ff, d),
-            "up": matrix(keys[5], config.d_ff, d),
-            "down": matrix(keys[6], d, config.d_ff, residual),
-        }
-
-    k_embed, *k_layers = jax.random.split(key, 1 + config.n_layers)
-    return {
-        "embedding": 0.02 * jax.random.normal(k_embed, (config.vocab_size, d), dtype),
-        "layers": tuple(layer(k) for k in k_layers),
-        "norm": jnp.ones(d, f32),
-    }
-
 
 # --- the public functions: check, then run the compiled program ----------------------
 
@@ -191,7 +66,7 @@ def prefill(
     many tokens give NaN.
     """
     check_tokens(tokens, config.vocab_size)
-    _check_cache(config, cache, *tokens.shape)
+    check_cache(config, cache, *tokens.shape)
     return _prefill(params, config, jnp.asarray(tokens), cache)
 
 
@@ -204,7 +79,7 @@ def decode_step(
     """
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
-    _check_cache(config, cache, len(token), 1)
+    check_cache(config, cache, len(token), 1)
     return _prefill(params, config, jnp.asarray(token)[:, None], cache)
 
 
@@ -224,11 +99,10 @@ def generate(
     """
     check_tokens(prompt, config.vocab_size, name="prompt")
     n, (b, T) = max_new_tokens, prompt.shape
-    if n < 1:
-        raise ValueError(f"max_new_tokens: {n}; it must be at least 1")
+    check_size("max_new_tokens", n)
     if cache is None:
         cache = init_cache(config, b, T + n, params["embedding"].dtype)
-    _check_cache(config, cache, b, T + n)
+    check_cache(config, cache, b, T + n)
     cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
     tokens, cache = _generate(params, config, jnp.asarray(prompt), cache, n, bucket(n))
     return tokens[:, :n], cache
@@ -338,20 +212,3 @@ def _rotate(w, position, base):
 def _linear(u, W):
     """W u, with W stored as (outputs, inputs)."""
     return jnp.einsum("...i,oi->...o", u, W)
-
-
-def _check_cache(config, cache, b, T) -> None:
-    """Raise ValueError unless the cache fits the model and has room for T more."""
-    want = (b * config.n_kv_heads, cache.capacity, config.head_dim)
-    shapes = [jnp.shape(leaf) for leaf in (*cache.k, *cache.v)]
-    if shapes != [want] * (2 * config.n_layers):
-        raise ValueError(
-            f"cache: {len(cache.k)} layers of {shapes[0]}; this model and batch need"
-            f" {config.n_layers} of {want}"
-        )
-    hidden = isinstance(cache.length, jax.core.Tracer)  # inside a compiled program
-    length = 0 if hidden else int(cache.length)
-    if length + T > cache.capacity:
-        raise ValueError(
-            f"cache: {length} of {cache.capacity} tokens are taken; {T} more do not fit"
-        )

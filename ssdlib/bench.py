@@ -22,13 +22,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ssdlib import record, roofline
+from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import generate
 from ssdlib.hlo_view import count
-from ssdlib.model import CHUNK, Params, forward, init_cache, init_params, prefill
-from ssdlib.roofline import HARDWARE, Chip, Work
+from ssdlib.model import forward, prefill
+from ssdlib.params import Params, init_params
+from ssdlib.roofline import HARDWARE, Chip, Work, counted
 
-__all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "work"]
+__all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "shapes", "work"]
 
 WHAT = ("prefill", "decode", "uncached")
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -135,23 +137,13 @@ def rounds(
     return seconds
 
 
-def counted(config: Mamba2Config, platform: str) -> Mamba2Config:
-    """The config for `work`: with the chunks that a prefill takes on this platform."""
-    longest = CHUNK.get(platform, CHUNK["default"])
-    return replace(config, chunk_size=min(longest, config.chunk_size))
-
-
 def work(key: Key, config: Mamba2Config, batch: int, dtype: str = "float32") -> Work:
-    """FLOPs and least bytes of one sample; `forward` runs the head on every token."""
+    """FLOPs and least bytes of one sample."""
     (what, T), itemsize = key, jnp.dtype(dtype).itemsize
     if what == "decode":
         return roofline.decode(config, batch, itemsize)
-    read = roofline.prefill(config, batch, T, itemsize)
-    if what == "prefill":
-        return read
-    logits = batch * (T - 1) * config.vocab_size
-    cache = _nbytes(_shapes(config, batch, dtype)[1])
-    return read + Work(2.0 * logits * config.d_model, 4.0 * logits - cache)
+    read = roofline.prefill if what == "prefill" else roofline.forward
+    return read(config, batch, T, itemsize)
 
 
 def _peak(device: jax.Device, before: Chip | None = None) -> Chip | None:
@@ -172,7 +164,7 @@ def _prepare(keys, sizes, params, device) -> tuple[dict[Key, Program], dict]:
     """Check that all fits, compile, and only then allocate."""
     config, batch, dtype = sizes
     free = record.free_memory(device)
-    weights, cache = _shapes(*sizes)
+    weights, cache = shapes(*sizes)
     memory = {"weights": _nbytes(weights), "cache": _nbytes(cache), "free": free}
     held = memory["weights"] * (params is None)
     held += memory["cache"] * (2 + sum(w == "decode" for w, _ in keys))
@@ -204,7 +196,7 @@ def _prepare(keys, sizes, params, device) -> tuple[dict[Key, Program], dict]:
 def _compile(what: str, T: int, sizes) -> tuple[jax.stages.Compiled, float]:
     """(program, seconds in the compiler), from shapes alone."""
     config, batch, _ = sizes
-    weights, cache = _shapes(*sizes)
+    weights, cache = shapes(*sizes)
     tokens = jax.ShapeDtypeStruct((batch, T), jnp.int32)
     args = weights, config, tokens
     fn, args = (prefill, (*args, cache)) if what == "prefill" else (forward, args)
@@ -245,8 +237,8 @@ def _tokens(config, batch, T):
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, T), np.int32)
 
 
-def _shapes(config, batch, dtype):
-    """(weights, cache) without their values."""
+def shapes(config: Mamba2Config, batch: int, dtype: str):
+    """(weights, cache) without their values: to compile with."""
     dtype = jnp.dtype(dtype)
     return jax.eval_shape(
         lambda: (

@@ -7,6 +7,8 @@ Source of the presets: config.json of state-spaces/mamba2-130m, -370m, -780m, -1
 import math
 from dataclasses import dataclass
 
+from ssdlib._checks import is_number
+
 __all__ = ["PRESETS", "Mamba2Config"]
 
 
@@ -55,13 +57,14 @@ class Mamba2Config:
             raise ValueError(
                 f"n_groups: {self.n_groups}; it must divide n_heads = {self.n_heads}"
             )
-        low, high = self.time_step_limit
-        if not 0 <= low <= high:
+        limit = self.time_step_limit
+        pair = isinstance(limit, tuple) and len(limit) == 2
+        if not pair or not all(map(is_number, limit)) or not 0 <= limit[0] <= limit[1]:
             raise ValueError(
-                f"time_step_limit: {self.time_step_limit}; it must be 0 <= low <= high"
+                f"time_step_limit: {limit!r}; it must be (low, high), 0 <= low <= high"
             )
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps: {self.norm_eps}; it must be between 0 and 1")
+        if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps: {self.norm_eps!r}; it must be between 0 and 1")
 
     @property
     def d_inner(self) -> int:
@@ -83,7 +86,7 @@ class Mamba2Config:
     @classmethod
     def preset(cls, name: str) -> "Mamba2Config":
         """A published model: "130m", "370m", "780m", "1.3b" or "2.7b"."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"name: {name!r}; it must be one of {', '.join(PRESETS)}")
         d_model, n_layers = PRESETS[name]
         H = 2 * d_model // 64

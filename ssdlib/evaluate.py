@@ -19,8 +19,10 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from ssdlib._checks import check_integers, check_range
+from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
-from ssdlib.model import ArrayLike, Params, _backbone, _head, init_cache
+from ssdlib.model import ArrayLike, _backbone, _head
+from ssdlib.params import Params
 
 __all__ = ["Evaluation", "evaluate"]
 

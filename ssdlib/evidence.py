@@ -7,12 +7,14 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from ssdlib import hlo, roofline
+from ssdlib._checks import check_is
 from ssdlib.config import PRESETS
 
 __all__ = ["TARGETS", "Evidence", "load", "names", "rows_of"]
@@ -56,8 +58,15 @@ class Evidence:
         return Evidence([*self.runs, *other.runs], parity, self.program, self.chips)
 
 
-def load(folder: Path = hlo.RECORDS) -> tuple[list[dict], Evidence]:
-    """(claims, evidence): paper.json, and everything that the book has recorded."""
+def load(folder: str | Path = hlo.RECORDS) -> tuple[list[dict], Evidence]:
+    """(claims, evidence): paper.json, and everything that the book has recorded.
+
+    Raises ValueError for a folder without paper.json.
+    """
+    check_is("folder", folder, str, os.PathLike)
+    folder = Path(folder)
+    if not (folder / "paper.json").exists():
+        raise ValueError(f"folder: {str(folder)!r}; it must hold paper.json")
     claims = json.loads((folder / "paper.json").read_text())["claims"]
     parity = json.loads((folder / "parity.json").read_text())
     paths = sorted((folder / "runs").glob("*-*.json"))

@@ -18,16 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_integers, check_range, check_tokens
-from ssdlib.config import Mamba2Config
-from ssdlib.model import (
-    ArrayLike,
-    Cache,
-    Params,
-    check_cache,
-    init_cache,
-    prefill_any,
+from ssdlib._checks import (
+    check_integers,
+    check_is,
+    check_key,
+    check_range,
+    check_size,
+    check_tokens,
+    is_number,
+    told,
 )
+from ssdlib.cache import Cache, check_cache, init_cache
+from ssdlib.config import Mamba2Config
+from ssdlib.model import ArrayLike, prefill_any
+from ssdlib.params import Params, check_params
 
 __all__ = ["Generation", "bucket", "generate", "sample", "stream"]
 
@@ -73,9 +77,8 @@ def generate(
 
     Raises ValueError for shapes, dtypes or values out of range, naming the argument.
     """
-    options = _check(
-        config, prompt, max_new_tokens, lengths, temperature, top_k, top_p, eos_id, key
-    )
+    limits = temperature, top_k, top_p, eos_id, key
+    options = _check(params, config, prompt, max_new_tokens, lengths, *limits)
     state, cache = _start(
         params, config, prompt, lengths, cache, max_new_tokens, max_new_tokens, options
     )
@@ -103,11 +106,9 @@ def stream(
     already running on the device while the caller handles this one. Ends early once
     every row has met `eos_id`. Arguments are checked at the call.
     """
-    options = _check(
-        config, prompt, max_new_tokens, lengths, temperature, top_k, top_p, eos_id, key
-    )
-    if block < 1:
-        raise ValueError(f"block: {block}; it must be at least 1")
+    limits = temperature, top_k, top_p, eos_id, key
+    options = _check(params, config, prompt, max_new_tokens, lengths, *limits)
+    check_size("block", block)
     n = min(block, max_new_tokens)
     carry = _start(params, config, prompt, lengths, cache, n, block, options)
 
@@ -255,17 +256,20 @@ def bucket(size: int) -> int:
     return octave
 
 
-def _check(config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
+def _check(params, config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
     """Raise ValueError for arguments that make no sense; return the `Options`."""
+    check_is("config", config, Mamba2Config)
+    check_params(params, config)
     check_tokens(prompt, config.vocab_size, lengths, name="prompt")
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f"max_new_tokens: {n!r}; it must be an integer of at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature}; it must be 0 or more")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k: {top_k} is outside 1..{config.vocab_size}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p}; it must be above 0 and at most 1")
+    check_size("max_new_tokens", n)
+    if not is_number(temperature) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: {told(temperature)}; it must be 0 or more")
+    if top_k is not None:
+        check_integers("top_k", top_k, ())
+        check_range("top_k", top_k, 1, config.vocab_size)
+        top_k = int(top_k)  # it shapes the program
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p: {told(top_p)}; it must be above 0 and at most 1")
     if eos_id is not None:
         check_integers("eos_id", eos_id, ())
         check_range("eos_id", eos_id, 0, config.vocab_size - 1)
@@ -274,5 +278,6 @@ def _check(config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
         return Options(eos_id=eos_id)
     if key is None:
         raise ValueError("key: None; sampling (temperature > 0) needs a jax.random.key")
+    check_key(key)
     top_p = None if top_p is None else jnp.float32(top_p)
     return Options(jnp.float32(temperature), top_p, eos_id, key, top_k)

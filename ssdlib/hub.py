@@ -6,7 +6,10 @@ mode (HF_HUB_OFFLINE=1) and its mirrors (HF_ENDPOINT) work here as everywhere.
 
 import importlib.util
 import json
+import os
 from pathlib import Path
+
+from ssdlib._checks import check_is
 
 __all__ = ["fetch", "read_json", "resolve"]
 
@@ -23,6 +26,8 @@ def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list
     OSError for what cannot be found, ImportError without torch, ValueError for a
     broken index.
     """
+    check_is("source", source, str, os.PathLike)
+    check_is("revision", revision, str, type(None))
     if Path(source).suffix in (".safetensors", ".bin") and Path(source).is_file():
         return Path(source).parent, [Path(source)]
     folder = fetch(source, ["config.json", INDEX, "model*.safetensors"], revision)

@@ -1,4 +1,4 @@
-"""Mamba-2: the block, the O(1) cache, and a language model around them.
+"""Mamba-2: the block, and a language model around it.
 
     r ← r + W_out norm(SSD(conv(W_xBC u), softplus(W_dt u + bias)) ∘ silu(W_z u))
 
@@ -9,19 +9,18 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 7; reference code
 github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
 """
 
-import math
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_integers, check_range, check_tokens
+from ssdlib._checks import check_integers, check_is, check_range, check_tokens
+from ssdlib.cache import Cache, check_cache, init_cache, move_on
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
+from ssdlib.params import Params, check_params, init_params
 from ssdlib.recurrence import accumulator, ssd_step
 
 __all__ = [
@@ -34,96 +33,8 @@ __all__ = [
 ]
 
 ArrayLike = Array | np.ndarray
-Params = dict
 
 CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """All that a model remembers of its past.
-
-    conv: the last inputs of all convolutions, (b, n_layers, d_conv - 1, d_xBC).
-    h:    the SSM states in float32, one (b, H, P, N) per layer.
-    A registered pytree; rows of the batch come first in every array. Its size does not
-    depend on how many tokens were read. The conv states are in one array, so that all
-    layers move on by one operation a step.
-    """
-
-    conv: Any  # no array types here: a pytree may also hold shapes or shardings
-    h: tuple
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-
-def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cache:
-    """The cache before the first token: zeros. h is float32 (float64 if dtype is).
-
-    Raises ValueError if batch_size is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size}; it must be at least 1")
-    conv = (batch_size, config.n_layers, config.d_conv - 1, config.d_xBC)
-    h = (batch_size, config.n_heads, config.head_dim, config.d_state)
-    h_dtype = accumulator(jnp.empty(0, dtype))
-    return Cache(
-        conv=jnp.zeros(conv, dtype),
-        h=tuple(jnp.zeros(h, h_dtype) for _ in range(config.n_layers)),
-    )
-
-
-def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters as a plain pytree. Matrices are (outputs, inputs) in `dtype`.
-
-    Decays, skips and norm weights stay float32. Initialization as the reference code:
-    A in -[1, 16], dt in [0.001, 0.1] on a log scale, output projections scaled by
-    1 / sqrt(n_layers).
-    """
-    d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
-    f32 = jnp.float32
-
-    def matrix(key, outputs, inputs, scale=1.0):
-        bound = scale / math.sqrt(inputs)
-        return jax.random.uniform(key, (outputs, inputs), f32, -bound, bound).astype(
-            dtype
-        )
-
-    def layer(key):
-        k = jax.random.split(key, 7)
-        dt = jnp.exp(jax.random.uniform(k[4], (H,), f32, *map(math.log, (1e-3, 1e-1))))
-        p = {
-            "norm": jnp.ones(d, f32),
-            "z": matrix(k[0], d_inner, d),
-            "xBC": matrix(k[1], d_xBC, d),
-            "dt": matrix(k[2], H, d),
-            "conv": matrix(k[3], d_xBC, config.d_conv),
-            "dt_bias": dt + jnp.log(-jnp.expm1(-dt)),  # inverse of softplus
-            "A_log": jnp.log(jax.random.uniform(k[5], (H,), f32, 1.0, 16.0)),
-            "D": jnp.ones(H, f32),
-            "gate_norm": jnp.ones(d_inner, f32),
-            "out": matrix(k[6], d, d_inner, 1 / math.sqrt(config.n_layers)),
-        }
-        if config.conv_bias:
-            p["conv_bias"] = jnp.zeros(d_xBC, dtype)
-        if config.proj_bias:
-            p |= {f"{n}_bias": jnp.zeros(len(p[n]), dtype) for n in ("z", "xBC", "out")}
-            p["dt_proj_bias"] = jnp.zeros(H, dtype)
-        return p
-
-    k_embed, k_head, *k_layers = jax.random.split(key, 2 + config.n_layers)
-    normal = jax.random.normal(k_embed, (config.vocab_size, d), f32)
-    params = {
-        "embedding": (0.02 * normal).astype(dtype),
-        "layers": tuple(layer(k) for k in k_layers),
-        "norm": jnp.ones(d, f32),
-    }
-    if not config.tie_embeddings:
-        params["head"] = matrix(k_head, config.vocab_size, d)
-    return params
 
 
 # --- the public functions: check, then run the compiled program ----------------------
@@ -142,6 +53,7 @@ def forward(
     range; inside a compiled program, where values cannot be checked, a token outside
     the vocabulary turns the logits of its row to NaN.
     """
+    _check_model(params, config)
     check_tokens(tokens, config.vocab_size, lengths)
     return _forward(params, config, jnp.asarray(tokens), lengths)
 
@@ -160,6 +72,7 @@ def prefill(
     head runs on one position per row. Errors as in `forward`. The cache that you pass
     stays valid.
     """
+    _check_model(params, config)
     check_tokens(tokens, config.vocab_size, lengths)
     if cache is None:
         cache = init_cache(config, len(tokens), params["embedding"].dtype)
@@ -177,10 +90,17 @@ def decode_step(
     the weights and of the cache. Errors as in `forward`. To loop on the device, use
     `generate`; to loop yourself, jit this with the cache donated.
     """
+    _check_model(params, config)
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_cache(config, cache, len(token))
     return _prefill(params, config, jnp.asarray(token)[:, None], cache, None)
+
+
+def _check_model(params, config) -> None:
+    """Raise ValueError unless config is one, and params are its parameters."""
+    check_is("config", config, Mamba2Config)
+    check_params(params, config)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -318,12 +238,6 @@ def _causal_conv(v, conv, weight, bias, lengths):
     return out, jnp.take_along_axis(window, index[..., None], axis=1)
 
 
-def move_on(conv, tails):
-    """The conv states of all layers, moved on at once by every layer's last inputs."""
-    tails = jnp.stack(tails, axis=1).astype(conv.dtype)
-    return jnp.concatenate([conv, tails], axis=2)[:, :, tails.shape[2] :]
-
-
 def _ssd(chunk_size, *args):
     """`ssd_chunked` with the chunk length that is fastest on the platform.
 
@@ -375,19 +289,3 @@ def rms_norm(v, weight, eps, groups=1):
     parts = v.reshape(*v.shape[:-1], groups, -1)
     parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + eps)
     return parts.reshape(v.shape) * jnp.broadcast_to(weight.astype(v.dtype), v.shape)
-
-
-# --- checks ---------------------------------------------------------------------------
-
-
-def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
-    """Raise ValueError unless the cache belongs to this model and batch size."""
-    want = jax.eval_shape(lambda: init_cache(config, batch_size))
-    got, want = (
-        (jnp.shape(c.conv), [jnp.shape(h) for h in c.h]) for c in (cache, want)
-    )
-    if got != want:
-        at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
-        raise ValueError(
-            f"cache: (conv, layers, h) is {at}; this model and batch need {need}"
-        )

@@ -22,17 +22,11 @@ from jax.sharding import PartitionSpec as S
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_range, check_tokens
+from ssdlib.cache import Cache, move_on
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
-from ssdlib.model import (
-    ArrayLike,
-    Cache,
-    Params,
-    _causal_conv,
-    _linear,
-    move_on,
-    rms_norm,
-)
+from ssdlib.model import ArrayLike, _causal_conv, _head, _linear, rms_norm
+from ssdlib.params import Params
 from ssdlib.recurrence import accumulator, merge_heads, split_heads, ssd_step
 from ssdlib.sharding import (
     cache_spec,
@@ -165,10 +159,7 @@ def _device(config, local, split, params, tokens, cache, lengths):
         h.append(h_i)
     index = jnp.clip(left - 1, 0, T - 1)[:, None, None]
     r = _from_owner(jnp.take_along_axis(r, index, axis=1)[:, 0], left, T, split)
-    u = rms_norm(r, params["norm"], config.norm_eps).astype(params["embedding"].dtype)
-    head = params["embedding" if config.tie_embeddings else "head"]
-    logits = jnp.einsum("bd,vd->bv", u, head, preferred_element_type=r.dtype)
-    return logits, Cache(conv=move_on(cache.conv, tails), h=tuple(h))
+    return _head(params, config, r), Cache(conv=move_on(cache.conv, tails), h=tuple(h))
 
 
 def _block(p, config, local, u, conv, h, left, split):

@@ -9,6 +9,7 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), equations 1, 2 and section 6.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ssdlib._checks import check_shapes
@@ -123,13 +124,13 @@ def check_ssd(h, x, dt, A, B, C, D, step=False) -> None:
     arrays = {
         f"x{_t}": (x, f"b {t}H P"),
         f"dt{_t}": (dt, f"b {t}H"),
-        "A": (A, f"b {t}H" if jnp.ndim(A) == jnp.ndim(dt) else "H"),
+        "A": (A, f"b {t}H" if np.ndim(A) == np.ndim(dt) else "H"),
         f"B{_t}": (B, f"b {t}G N"),
         f"C{_t}": (C, f"b {t}G N"),
     }
     if D is not None:
         arrays["D"] = (D, "H")
-    if h is not None:
+    if step or h is not None:
         arrays["h" if step else "h0"] = (h, "b H P N")
     sizes = check_shapes(**arrays)
     if sizes["H"] % sizes["G"]:

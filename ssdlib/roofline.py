@@ -8,19 +8,22 @@ Source: Williams, Waterman and Patterson 2009, "Roofline" (CACM 52:4).
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from ssdlib.config import Mamba2Config
+from ssdlib.model import CHUNK
 
 __all__ = [
     "HARDWARE",
     "Chip",
     "Work",
     "chunked",
+    "counted",
     "decode",
+    "forward",
     "measure_cpu",
     "parameters",
     "prefill",
@@ -131,6 +134,12 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
     return Work(flops, _inputs(config, b, T) + _state(config, b))
 
 
+def counted(config: Mamba2Config, platform: str) -> Mamba2Config:
+    """The config with the chunks that a prefill takes on this platform."""
+    longest = CHUNK.get(platform, CHUNK["default"])
+    return replace(config, chunk_size=min(longest, config.chunk_size))
+
+
 def _inputs(config: Mamba2Config, b: int, T: int) -> float:
     """Bytes of x, B, C, dt and y in float32."""
     return 4.0 * b * T * (config.d_xBC + config.n_heads + config.d_inner)
@@ -167,6 +176,14 @@ def prefill(config: Mamba2Config, b: int, T: int, itemsize: int = 4) -> Work:
     """
     ssd = chunked(config, b, T).flops
     return _model(config, b, T, itemsize, config.n_layers * ssd, states=1)
+
+
+def forward(config: Mamba2Config, b: int, T: int, itemsize: int = 4) -> Work:
+    """Read T tokens a row: logits of every one, and no cache."""
+    ssd = chunked(config, b, T).flops
+    last = _model(config, b, T, itemsize, config.n_layers * ssd, states=0)
+    logits = b * (T - 1) * config.vocab_size
+    return last + Work(2.0 * logits * config.d_model, 4.0 * logits)
 
 
 def decode(config: Mamba2Config, b: int, itemsize: int = 4) -> Work:

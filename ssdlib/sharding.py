@@ -21,13 +21,17 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as S
 
-from ssdlib import model
+from ssdlib import cache as one_device
+from ssdlib._checks import check_is, check_size, told
+from ssdlib.cache import Cache
 from ssdlib.config import Mamba2Config
-from ssdlib.model import Cache, Params
+from ssdlib.params import Params
+from ssdlib.params import check_params as check_tree
 from ssdlib.weights import open_slices
 
 __all__ = ["init_cache", "load", "make_mesh", "shard", "spread"]
 
+AXES = "data", "seq", "model"
 AnyMesh = Mesh | AbstractMesh  # where sizes alone are asked for, no devices are needed
 
 
@@ -35,13 +39,20 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh
     """A mesh with the axes (data, seq, model); `devices` may be those of a topology.
 
     `model` comes last: its neighbors, which talk most, are nearest to each other.
+    Raises ValueError for sizes below 1 or beyond the devices.
     """
-    return jax.make_mesh(
-        (data, seq, model),
-        ("data", "seq", "model"),
-        devices=devices,
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )
+    for name, size in (("data", data), ("seq", seq), ("model", model)):
+        check_size(name, size)
+    devices = jax.devices() if devices is None else devices
+    check_is("devices", devices, tuple, list)
+    if not all(hasattr(device, "device_kind") for device in devices):
+        raise ValueError(f"devices: {devices}; each must be a device of jax")
+    if data * seq * model > len(devices):
+        raise ValueError(
+            f"devices: {len(devices)}; a mesh of {data} x {seq} x {model} needs more"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((data, seq, model), AXES, devices=devices, axis_types=kinds)
 
 
 # --- what each device holds ----------------------------------------------------------
@@ -55,6 +66,8 @@ def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
 
     Raises ValueError if n does not divide the heads, or neither of n and G the other.
     """
+    check_is("config", config, Mamba2Config)
+    check_mesh(mesh)
     n, H, G = mesh.shape["model"], config.n_heads, config.n_groups
     if H % n or (G % n and n % G):
         raise ValueError(
@@ -138,6 +151,7 @@ def shard(params: Params, config: Mamba2Config, mesh: Mesh) -> Params:
     the mesh does not fit the model.
     """
     local_config(config, mesh)
+    check_tree(params)
 
     def place(_, key, value):
         if isinstance(value, jax.ShapeDtypeStruct):
@@ -172,8 +186,10 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
     what must be sent. With spread parameters `model` splits the work, with a spread
     cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so x, B and C
     straddle devices and more is sent than by `parallel`. What an axis does not divide
-    lies whole on every device. Raises ValueError if `data` does not divide the batch.
+    lies whole on every device. Raises ValueError for any other tree or mesh, and
+    if `data` does not divide the batch.
     """
+    check_mesh(mesh)
 
     def put(v, *axes):
         fits = (
@@ -183,6 +199,7 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
         return jax.device_put(v, NamedSharding(mesh, S(*fits)))
 
     if not isinstance(tree, Cache):
+        check_tree(tree, name="tree")
         return map_params(lambda _, key, v: put(v, *spec(key)), tree)
     check_batch(mesh, jax.tree.leaves(tree.h)[0].shape[-4])
 
@@ -221,7 +238,7 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
     """`init_cache` as `ShapeDtypeStruct`s, to compile with."""
     check_batch(mesh, batch_size)
     local, n = local_config(config, mesh), mesh.shape["model"]
-    cache = jax.eval_shape(lambda: model.init_cache(config, batch_size, dtype))
+    cache = jax.eval_shape(lambda: one_device.init_cache(config, batch_size, dtype))
 
     conv = (*cache.conv.shape[:3], n * local.d_xBC)
     cache = replace(cache, conv=jax.ShapeDtypeStruct(conv, cache.conv.dtype))
@@ -233,9 +250,18 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
     return jax.tree.map(struct, cache, cache_spec(config))
 
 
+def check_mesh(mesh) -> None:
+    """Raise ValueError unless mesh has the axes of `make_mesh`."""
+    if not isinstance(mesh, AnyMesh) or set(mesh.axis_names) != {*AXES}:
+        what = f"axes {mesh.axis_names}" if isinstance(mesh, AnyMesh) else told(mesh)
+        raise ValueError(f"mesh: {what}; it must have the axes {', '.join(AXES)}")
+
+
 def check_batch(mesh, b) -> None:
     """Raise ValueError unless `data` divides the batch."""
-    if b < 1 or b % mesh.shape["data"]:
+    check_mesh(mesh)
+    check_size("batch_size", b)
+    if b % mesh.shape["data"]:
         raise ValueError(
             f"mesh: data = {mesh.shape['data']}; it must divide the batch size {b}"
         )

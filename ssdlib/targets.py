@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
+from ssdlib._checks import told
 from ssdlib.roofline import HARDWARE
 
 __all__ = ["TARGETS", "CompilerMissing", "compile_with", "tpu_slice"]
@@ -139,8 +140,16 @@ def compile_with(target: str, fn, args: tuple, donate_argnums=()):
     Raises ValueError for an unknown target and CompilerMissing, which names the extra
     to install, if its compiler is not here.
     """
-    if target not in TARGETS:
+    if not callable(fn):
+        raise ValueError(f"fn: {told(fn)}; it must be a function")
+    if not isinstance(target, str) or target not in TARGETS:
         raise ValueError(f"target: {target!r}; it must be one of {', '.join(TARGETS)}")
+    donated = jax.tree.leaves(donate_argnums)  # a number, or several
+    if not all(isinstance(i, int) and 0 <= i < len(args) for i in donated):
+        raise ValueError(
+            f"donate_argnums: {donate_argnums!r}; it must be of the {len(args)} "
+            "arguments, counted from 0"
+        )
     device, origin = _device(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     static, structs = [], []

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as S
 
 from ssdlib import hlo_text
 from ssdlib.config import Mamba2Config
-from ssdlib.model import init_params
 from ssdlib.parallel import decode_step, prefill, segment
+from ssdlib.params import init_params
 from ssdlib.sharding import AnyMesh, cache_shapes, local_config, shard
 
 __all__ = ["compile_over", "counted", "formula"]

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib.config import Mamba2Config
-from ssdlib.model import ArrayLike, Params, forward, init_params
+from ssdlib.model import ArrayLike, forward
+from ssdlib.params import Params, init_params
 from ssdlib.weights import save
 
 __all__ = ["bits_per_byte", "corpus", "order2_bits_per_byte", "train", "xz_bits"]

@@ -2,28 +2,29 @@
 
 `load` reads the layout of `transformers` (safetensors) and the original one of
 `mamba_ssm` (config.json with ssm_cfg); `save` writes the first. Strict both ways: every
-tensor of a file must be used, every parameter filled, every shape equal. Loading never
-executes code: safetensors hold none, and torch reads its own format with
-weights_only=True.
+tensor of a file must be used, every parameter filled, every shape equal. `tensor_files`
+has the formats.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from ssdlib._checks import check_is, floating
 from ssdlib.config import Mamba2Config
 from ssdlib.config_json import load_config, to_json
-from ssdlib.hub import check_torch, resolve, unique
-from ssdlib.model import Params
+from ssdlib.hub import resolve
+from ssdlib.params import Params, check_params
+from ssdlib.tensor_files import headers
 
 __all__ = ["load", "save"]
 
@@ -49,7 +50,7 @@ def load(
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
-    dtype = _floating(dtype)
+    dtype = floating(dtype)
     config, stored, want = _open(source, revision)
     return _read(config, stored, want, dtype), config
 
@@ -63,7 +64,7 @@ def open_slices(
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
     """
-    dtype = _floating(dtype)
+    dtype = floating(dtype)
     config, stored, want = _open(source, revision)
     out = {}
     for name, (_, parts) in want.items():
@@ -80,17 +81,11 @@ def open_slices(
     return config, out
 
 
-def _floating(dtype):
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(f"dtype: {jnp.dtype(dtype)}; it must be floating point")
-    return jnp.dtype(dtype)
-
-
 def _open(source, revision):
     """(config, what the files hold, what config asks for), names and shapes checked."""
     folder, files = resolve(source, revision)
     config = load_config(folder)
-    stored = _headers(files)
+    stored = headers(files)
     if config.n_layers > len(stored):
         raise ValueError(
             f"config.json: {config.n_layers} layers; {folder.name} holds only "
@@ -159,6 +154,9 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
     Raises ValueError for parameters that are not those of this config. transformers
     itself wants `d_inner` to be a whole multiple of `d_model`.
     """
+    check_is("folder", folder, str, os.PathLike)
+    check_is("config", config, Mamba2Config)
+    check_params(params)
     tensors, used = {}, 0
     for name, (shape, parts) in _layout(config).items():
         values = []
@@ -244,72 +242,3 @@ def _check_names(folder, config, stored, want) -> None:
         raise ValueError(
             f"{folder.name}: {len(missing)} tensors missing, first {missing[0]!r}"
         )
-
-
-# --- files ----------------------------------------------------------------------------
-
-
-def _headers(files: list[Path]) -> dict[str, tuple[str, tuple, Callable]]:
-    """Tensor name -> (file, shape, function that reads it); no weight is read yet."""
-    stored: dict = {}
-    for file in files:
-        tensors = _bin if file.suffix == ".bin" else _safetensors
-        for name, shape, read in tensors(file):
-            # The one name in which the two layouts differ.
-            name = name.replace("backbone.embedding.", "backbone.embeddings.")
-            if name in stored:
-                raise ValueError(f"{file.name}: tensor {name!r} comes twice")
-            stored[name] = file.name, shape, read
-    return stored
-
-
-def _safetensors(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
-    try:
-        with safe_open(path, framework="numpy") as f:
-            slices = [(name, f.get_slice(name)) for name in f.keys()]
-            about = [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
-        with open(path, "rb") as file:  # its parser lets the last of two keys win
-            size = int.from_bytes(file.read(8), "little")
-            json.loads(file.read(size), object_pairs_hook=unique)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path.name}: not a readable safetensors file ({error})"
-        ) from error
-    for name, dtype, shape in about:
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(
-                f"{path.name}: tensor {name!r} is {dtype}; it must be floating point "
-                "of 16 bits or more"
-            )
-        yield name, shape, partial(_read_safetensors, path, name)
-
-
-def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
-    # A mapping of its own for each tensor: what was read through one stays in memory
-    # until it is closed, and one mapping for all would make a second copy of the model.
-    with safe_open(path, framework="numpy") as f:
-        return f.get_slice(name)[index] if index else f.get_tensor(name)
-
-
-def _bin(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
-    check_torch(path.name)
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip, EOF and RuntimeError
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path.name}: torch cannot read it as plain weights ({reason})"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path.name}: holds no dictionary of tensors")
-    for name, tensor in list(state.items()):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{path.name}: {name!r} is no floating point tensor")
-        yield str(name), tuple(tensor.shape), partial(_take, state, name)
-
-
-def _take(state: dict, name: str) -> np.ndarray:
-    tensor = state.pop(name)  # its memory is then free again; mmap would keep it
-    return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as S
 from oracle import error, ssd
 
 import ssdlib
-from ssdlib import Mamba2Config, parallel, sharding, traffic, weights
+from ssdlib import Mamba2Config, parallel, sharding, tensor_files, traffic
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -155,7 +155,7 @@ def two(port, rank):
     text = np.frombuffer(b"def forward(self, x):\n    return ", np.uint8)[None]
     text = np.repeat(text.astype(np.int32), 2, axis=0)
     result = {"processes": jax.process_count(), "devices": jax.device_count()}
-    read = weights._read_safetensors
+    read = tensor_files._read_safetensors
     for name, shape in {"heads": (1, 1, 2), "segments": (1, 2, 1)}.items():
         mesh, values = sharding.make_mesh(*shape), []
 
@@ -164,7 +164,7 @@ def two(port, rank):
             values.append(part.size)
             return part
 
-        with mock.patch.object(weights, "_read_safetensors", spy):
+        with mock.patch.object(tensor_files, "_read_safetensors", spy):
             params, _ = sharding.load("tiny", mesh, np.float64)
         held = sum(v.addressable_data(0).size for v in jax.tree.leaves(params))
         result[f"{name}, read"] = sum(values)

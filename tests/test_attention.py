@@ -287,7 +287,7 @@ def test_bad_sizes_and_a_cache_of_another_model_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **change)
-    with pytest.raises(ValueError, match="max_len: 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="max_len: 0; it must be an integer of at"):
         init_cache(CONFIG, 1, 0)
     params, config, tokens = model()
     with pytest.raises(ValueError, match="cache: 2 layers of"):

@@ -260,3 +260,10 @@ def test_the_table_breaks_lines_and_marks_commands():
     assert f"<strong>{OPEN}</strong>" in html
     assert "<code>python -m ssdlib bench" in html
     assert "**" not in html and "`" not in html
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("folder", ["text", None, 7, RECORDS / "runs"])
+def test_a_folder_without_claims_is_named(folder):
+    with pytest.raises(ValueError, match=r"folder: .*; it must "):
+        evidence.load(folder)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ssdlib import Mamba2Config, forward, init_params, load
 from ssdlib.__main__ import main
+from ssdlib.cache import init_cache
 from ssdlib.evaluate import _score, evaluate
-from ssdlib.model import init_cache
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(0))

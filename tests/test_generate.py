@@ -325,5 +325,5 @@ def test_bad_arguments_are_named(function, change, message):
 
 @pytest.mark.usefixtures("as_user")
 def test_a_bad_block_is_named_at_the_call():
-    with pytest.raises(ValueError, match="block: 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="block: 0; it must be an integer of at"):
         stream(PARAMS, CONFIG, PROMPT, 4, block=0)

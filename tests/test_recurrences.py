@@ -65,7 +65,6 @@ MODELS = {  # ours, its arguments, the loop; a state of the same shape unless no
     ),
     "RetNet": (retention, "q k v", None),
 }
-KEEP_MORE_THAN_H = ("mLSTM", "Mamba-3", "RetNet")
 each_model = pytest.mark.parametrize("name", MODELS)
 
 

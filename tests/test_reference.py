@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 
 import book_reference
@@ -11,6 +12,7 @@ import pytest
 from jaxtyping import Array, Float, Int
 
 import ssdlib
+from ssdlib.__main__ import parsers
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
@@ -31,7 +33,26 @@ def test_every_public_name_is_on_one_api_page():
 def test_every_api_page_is_in_the_table_of_contents_and_shows_something():
     toc = (ROOT / "_toc.yml").read_text()
     for path, text in API.items():
-        assert f"file: book/api/{path.stem}\n" in toc and shown(text)
+        assert f"file: book/api/{path.stem}\n" in toc
+        assert shown(text) or ".. command::" in text
+
+
+def test_every_command_is_on_the_page_of_the_command_line():
+    text = (BOOK / "api/command_line.md").read_text()
+    parser, commands = parsers()
+    assert re.findall(r"^\.\. command:: (\w+)$", text, re.M) == list(commands)
+    for name, command in commands.items():
+        assert f"{{{','.join(commands)}}}" in parser.format_help()
+        table = "\n".join(book_reference.options(name))
+        words = re.findall(r"^  (--[\w-]+)", command.format_help(), re.M)
+        assert len(words) >= 5 and all(f"``{word}``" in table for word in words)
+    for line in re.findall(r"^python -m ssdlib (.*)$", text, re.M):
+        parser.parse_args(shlex.split(line))  # the examples are valid
+
+
+def test_every_option_says_what_it_is():
+    for command in parsers()[1].values():
+        assert all(action.help for action in command._actions)
 
 
 @pytest.mark.parametrize("name", ssdlib.__all__)

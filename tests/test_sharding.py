@@ -235,6 +235,30 @@ def test_a_mesh_that_does_not_fit_is_named():
 
 
 @pytest.mark.usefixtures("as_user")
+def test_what_is_no_mesh_and_what_is_no_tree_is_named():
+    config = Mamba2Config.tiny()
+    params, cache = ssdlib.init_params(config, jax.random.key(0)), "cache"
+    rows = jax.make_mesh((1,), ("rows",), devices=jax.devices()[:1])
+    for wrong, was in (("mesh", "'mesh'"), (None, "None"), (rows, r"axes \('rows',\)")):
+        message = f"mesh: {was}; it must have the axes data, seq, model"
+        for call in (
+            lambda wrong=wrong: sharding.spread(params, wrong),
+            lambda wrong=wrong: sharding.shard(params, config, wrong),
+            lambda wrong=wrong: sharding.init_cache(config, wrong, 1),
+            lambda wrong=wrong: sharding.load("tiny", wrong),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+    with pytest.raises(ValueError, match="tree: 'cache'; it must be what init_params"):
+        sharding.spread(cache, sharding.make_mesh())
+    many = len(jax.devices()) + 1
+    with pytest.raises(ValueError, match=rf"devices: {many - 1}; .* 1 x 1 x {many}"):
+        sharding.make_mesh(model=many)
+    with pytest.raises(ValueError, match="data: -1; it must be an integer"):
+        sharding.make_mesh(data=-1)
+
+
+@pytest.mark.usefixtures("as_user")
 def test_parameters_and_caches_of_another_layout_are_named():
     """Rows of xBC in the model's order would fit, and compute something else."""
     config, token = Mamba2Config.tiny(), np.zeros(3, np.int32)

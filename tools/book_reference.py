@@ -4,7 +4,8 @@ autodoc would print `x: jaxtyping.Float[Array, 'b T H P']` for every argument. H
 signature holds names and defaults only, and a table below the first sentence gives each
 argument its kind and shape, `float (b, T, H, P)`. Classes get such a table of fields,
 with the comments of the source. Docstrings are plain text with `code` in backticks.
-Also lets pages link to words of the glossary.
+`.. command:: NAME` describes a command of `python -m ssdlib` from its parser. Also lets
+pages link to words of the glossary.
 """
 
 import dataclasses
@@ -14,8 +15,11 @@ import types
 import typing
 
 from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
 
 import ssdlib
+from ssdlib.__main__ import parsers
 
 FIELD = re.compile(r"^    (\w+): [^#]*?(?:= *([^#]*?))? *(?:# *(.*))?$", re.M)
 TOLD = re.compile(r"(\w+): +(\S.*)")
@@ -129,6 +133,34 @@ def is_record(obj) -> bool:
     return dataclasses.is_dataclass(obj) or named
 
 
+def options(name: str) -> list[str]:
+    """What a command is for, and the table of its options."""
+    parser = parsers()[1][name]
+    rows = []
+    for action in parser._actions[1:]:  # after --help
+        remark = markup(action.help)
+        if action.choices:
+            remark += f"; one of {', '.join(f'``{c}``' for c in action.choices)}"
+        if action.default is not None:
+            remark += f"; ``{action.default}`` if not given"
+        word = action.option_strings[0] if action.option_strings else action.dest
+        rows += [(f"``{word}``", remark, "")]
+    return [markup(parser.description), "", *table(rows)]
+
+
+class Command(SphinxDirective):
+    """`options` of the command that it is given, read at every build."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_reread()
+        node = nodes.container()
+        lines = StringList(options(self.arguments[0]), source="")
+        self.state.nested_parse(lines, self.content_offset, node)
+        return node.children
+
+
 def signature(app, what, name, obj, options, args, result):
     """Names and defaults; what an array is stands in the table."""
     if is_record(obj):
@@ -172,6 +204,7 @@ def glossary(app, doctree):
 def setup(app):
     """Register with Sphinx."""
     app.setup_extension("sphinx.ext.autodoc")
+    app.add_directive("command", Command)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("doctree-read", glossary)

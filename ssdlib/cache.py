@@ -1,0 +1,79 @@
+"""The O(1) cache: all that a Mamba-2 model remembers of its past.
+
+    numbers a row = n_layers (H P N + (d_conv - 1) d_xBC)
+
+For each layer, the state of its recurrence and the last inputs of its convolution: as
+many after one token as after a million. `model` reads it and moves it on.
+Source: Dao and Gu 2024 (arXiv 2405.21060), section 7; reference code
+github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssdlib._checks import check_is, check_size, floating
+from ssdlib.config import Mamba2Config
+from ssdlib.recurrence import accumulator
+
+__all__ = ["Cache", "init_cache"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """All that a model remembers of its past.
+
+    conv: the last inputs of all convolutions, (b, n_layers, d_conv - 1, d_xBC).
+    h:    the SSM states in float32, one (b, H, P, N) per layer.
+    A registered pytree; rows of the batch come first in every array. Its size does not
+    depend on how many tokens were read. The conv states are in one array, so that all
+    layers move on by one operation a step.
+    """
+
+    conv: Any  # no array types here: a pytree may also hold shapes or shardings
+    h: tuple
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cache:
+    """The cache before the first token: zeros. h is float32 (float64 if dtype is).
+
+    Raises ValueError for a wrong config, batch_size or dtype.
+    """
+    check_is("config", config, Mamba2Config)
+    check_size("batch_size", batch_size)
+    dtype = floating(dtype)
+    conv = (batch_size, config.n_layers, config.d_conv - 1, config.d_xBC)
+    h = (batch_size, config.n_heads, config.head_dim, config.d_state)
+    h_dtype = accumulator(jnp.empty(0, dtype))
+    return Cache(
+        conv=jnp.zeros(conv, dtype),
+        h=tuple(jnp.zeros(h, h_dtype) for _ in range(config.n_layers)),
+    )
+
+
+def move_on(conv, tails):
+    """The conv states of all layers, moved on at once by every layer's last inputs."""
+    tails = jnp.stack(tails, axis=1).astype(conv.dtype)
+    return jnp.concatenate([conv, tails], axis=2)[:, :, tails.shape[2] :]
+
+
+def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
+    """Raise ValueError unless the cache belongs to this model and batch size."""
+    check_is("cache", cache, Cache)
+    want = jax.eval_shape(lambda: init_cache(config, batch_size))
+    got, want = (
+        (jnp.shape(c.conv), [jnp.shape(h) for h in c.h]) for c in (cache, want)
+    )
+    if got != want:
+        at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
+        raise ValueError(
+            f"cache: (conv, layers, h) is {at}; this model and batch need {need}"
+        )

@@ -1,0 +1,176 @@
+"""What the commands of `python -m ssdlib` do with their arguments.
+
+`__main__` declares the arguments. Results go to standard output; speed and progress to
+standard error.
+"""
+
+import sys
+import time
+
+
+def load_model(args) -> tuple:
+    """(params, config, tokenizer) of the model that args name."""
+    import jax
+
+    from ssdlib import load
+    from ssdlib.text import load_tokenizer
+
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        tokenizer = load_tokenizer(args.model, args.revision)
+    dtype = jax.numpy.dtype(args.dtype)
+    return *load(args.model, dtype, args.revision), tokenizer
+
+
+def generate(args) -> None:
+    """Stream a continuation of args.prompt."""
+    import jax
+    import numpy as np
+
+    from ssdlib import stream
+
+    if not args.prompt:
+        raise ValueError("prompt: it is empty; give at least one character")
+    params, config, tokenizer = load_model(args)
+    prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
+    start = time.perf_counter()
+    blocks = stream(
+        params,
+        config,
+        prompt,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        eos_id=tokenizer.eos_id,
+        key=jax.random.key(args.seed),
+    )
+    print(args.prompt, end="", flush=True)
+    ids, shown, first = [], 0, None
+    for block in blocks:
+        ids += [int(i) for i in block[0]]
+        if tokenizer.eos_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_id)]
+        text = tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
+        print(text[shown:], end="", flush=True)
+        shown = max(shown, len(text))
+        first = first or (len(ids), time.perf_counter())
+    print()
+    (n_first, t_first), t_last = first, time.perf_counter()
+    line = f"{len(ids)} tokens; first {n_first} after {t_first - start:.1f} s"
+    if len(ids) > n_first:
+        line += f", then {(len(ids) - n_first) / (t_last - t_first):.0f} tokens/s"
+    print(f"{line} on {jax.devices()[0].device_kind}", file=sys.stderr)
+
+
+def evaluate(args) -> None:
+    """Print tokens, loss, perplexity and bits per byte of args.text."""
+    import math
+    from pathlib import Path
+
+    import numpy as np
+
+    from ssdlib.evaluate import evaluate as score
+
+    try:
+        text = Path(args.text).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {args.text} is not UTF-8 ({error})") from error
+    params, config, tokenizer = load_model(args)
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError(f"text: {args.text} has {len(ids)} tokens; it needs 2 or more")
+    start = time.perf_counter()
+    result = score(params, config, np.asarray(ids, np.int32))
+    seconds = time.perf_counter() - start
+    scored = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    print(f"tokens scored   {result.tokens}")
+    print(f"nats per token  {result.loss:.6f}")
+    print(f"perplexity      {result.perplexity:.4f}")
+    print(f"bits per byte   {result.nats / math.log(2) / scored:.6f}")
+    print(f"{result.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def inspect(args) -> None:
+    """Print the table of kernels of args.preset on args.target, and its totals."""
+    from ssdlib import Mamba2Config, roofline
+    from ssdlib.hlo_view import count
+
+    for name in ("batch", "tokens", "rows"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: {getattr(args, name)}; it must be at least 1")
+    config = Mamba2Config.preset(args.preset)
+    program = compile_preset(args, config)
+    print(program.show(args.rows, args.by))
+    if args.what == "decode":
+        sizes = config, args.batch
+    else:
+        sizes = config, args.batch, args.tokens
+    itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
+    work = getattr(roofline, args.what)(*sizes, itemsize)
+    cycles = (
+        ""
+        if program.cycles is None
+        else f", {count(program.cycles)} cycles (its estimate)"
+    )
+    flops, size = count(program.flops, "FLOP"), count(program.bytes, "B")
+    print(
+        f"\n{program.launches} kernels, {program.fusions} fusions, custom calls: "
+        f"{program.custom_calls or 'none'}; compiled in {program.compile_seconds} s\n"
+        f"compiled: {flops}, {size}{cycles}\n"
+        f"by hand:  {count(work.flops, 'FLOP')}, {count(work.bytes, 'B')} at least"
+    )
+    if args.target in roofline.HARDWARE:
+        chip = roofline.HARDWARE[args.target]
+        print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
+    memory = ", ".join(f"{k} {count(v, 'B')}" for k, v in program.memory.items())
+    print(f"memory: {memory}")
+
+
+def compile_preset(args, config):
+    """The compiled decode step or prefill that the arguments describe."""
+    import jax
+    import jax.numpy as jnp
+
+    import ssdlib
+    from ssdlib.bench import shapes
+
+    params, cache = shapes(config, args.batch, args.dtype)
+    shape = (args.batch,) if args.what == "decode" else (args.batch, args.tokens)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    fn = ssdlib.decode_step if args.what == "decode" else ssdlib.prefill
+    return ssdlib.compile_for(
+        fn, params, config, tokens, cache, target=args.target, donate_argnums=3
+    )
+
+
+def bench(args) -> None:
+    """Measure what args say, print the table and write the record."""
+    from pathlib import Path
+
+    import jax
+
+    from ssdlib import Mamba2Config, load, record
+    from ssdlib import bench as benchmark
+
+    what, lengths = args.what.split(","), benchmark.doubling(args.lengths)
+    folder = record.writable(args.out)
+    if args.model is None:
+        params, config = None, Mamba2Config.preset(args.preset)
+        name, which = args.preset, f"--preset {args.preset}"
+    else:
+        record.attached(args.target)  # before a long download
+        params, config = load(args.model, jax.numpy.dtype(args.dtype))
+        path = Path(args.model)  # a record tells no paths, but the owner of a hub id
+        name = path.resolve().name
+        which = f"--model {name if path.exists() else args.model}"
+    if args.target is not None:
+        which += f" --target {args.target}"
+    options = {k: getattr(args, k) for k in ("batch", "dtype", "repeats")}
+    command = f"python -m ssdlib bench {which} --what {args.what} --lengths "
+    command += " ".join([args.lengths, *(f"--{k} {v}" for k, v in options.items())])
+    options |= dict(target=args.target, params=params, name=name, command=command)
+    result = benchmark.bench(config, what, lengths, **options)
+    print(record.table(result))
+    print(f"\nwritten: {record.save(result, folder)}")

@@ -1,0 +1,93 @@
+"""Parameters of a Mamba-2 model: a plain pytree of arrays, drawn at random.
+
+    A = -exp(A_log) ∈ -[1, 16]        softplus(dt_bias) ∈ [0.001, 0.1]
+
+`weights` reads trained ones into the same names and shapes.
+Source: Dao and Gu 2024 (arXiv 2405.21060), section 7; reference code
+github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ssdlib._checks import check_is, check_key, floating, told
+from ssdlib.config import Mamba2Config
+
+__all__ = ["Params", "check_params", "init_params"]
+
+Params = dict
+
+
+def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
+    """Random parameters as a plain pytree. Matrices are (outputs, inputs) in `dtype`.
+
+    Decays, skips and norm weights stay float32. Initialization as the reference code:
+    A in -[1, 16], dt in [0.001, 0.1] on a log scale, output projections scaled by
+    1 / sqrt(n_layers). Raises ValueError for a wrong config, key or dtype.
+    """
+    check_is("config", config, Mamba2Config)
+    check_key(key)
+    dtype = floating(dtype)
+    d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
+    f32 = jnp.float32
+
+    def matrix(key, outputs, inputs, scale=1.0):
+        bound = scale / math.sqrt(inputs)
+        return jax.random.uniform(key, (outputs, inputs), f32, -bound, bound).astype(
+            dtype
+        )
+
+    def layer(key):
+        k = jax.random.split(key, 7)
+        dt = jnp.exp(jax.random.uniform(k[4], (H,), f32, *map(math.log, (1e-3, 1e-1))))
+        p = {
+            "norm": jnp.ones(d, f32),
+            "z": matrix(k[0], d_inner, d),
+            "xBC": matrix(k[1], d_xBC, d),
+            "dt": matrix(k[2], H, d),
+            "conv": matrix(k[3], d_xBC, config.d_conv),
+            "dt_bias": dt + jnp.log(-jnp.expm1(-dt)),  # inverse of softplus
+            "A_log": jnp.log(jax.random.uniform(k[5], (H,), f32, 1.0, 16.0)),
+            "D": jnp.ones(H, f32),
+            "gate_norm": jnp.ones(d_inner, f32),
+            "out": matrix(k[6], d, d_inner, 1 / math.sqrt(config.n_layers)),
+        }
+        if config.conv_bias:
+            p["conv_bias"] = jnp.zeros(d_xBC, dtype)
+        if config.proj_bias:
+            p |= {f"{n}_bias": jnp.zeros(len(p[n]), dtype) for n in ("z", "xBC", "out")}
+            p["dt_proj_bias"] = jnp.zeros(H, dtype)
+        return p
+
+    k_embed, k_head, *k_layers = jax.random.split(key, 2 + config.n_layers)
+    normal = jax.random.normal(k_embed, (config.vocab_size, d), f32)
+    params = {
+        "embedding": (0.02 * normal).astype(dtype),
+        "layers": tuple(layer(k) for k in k_layers),
+        "norm": jnp.ones(d, f32),
+    }
+    if not config.tie_embeddings:
+        params["head"] = matrix(k_head, config.vocab_size, d)
+    return params
+
+
+def check_params(params, config: Mamba2Config | None = None, name="params") -> None:
+    """Raise ValueError unless params are the pytree of a model, and of this config.
+
+    Looks at the layers' number and the embedding alone, as it runs before every step.
+    """
+    tree = params if isinstance(params, dict) else {}
+    layers, embedding = tree.get("layers"), tree.get("embedding")
+    if not isinstance(layers, (tuple, list)) or not hasattr(embedding, "shape"):
+        raise ValueError(f"{name}: {told(params)}; it must be what init_params returns")
+    if config is not None:
+        got = len(layers), *embedding.shape
+        want = config.n_layers, config.vocab_size, config.d_model
+        if got != want:
+            raise ValueError(
+                f"{name}: (layers, rows and columns of the embedding) is {got}; config "
+                f"asks for {want}"
+            )

@@ -1,0 +1,85 @@
+"""Files of named tensors: what is in them, and a function that reads each tensor.
+
+Two formats, safetensors and the zip that torch writes. Reading executes no code:
+safetensors hold none, and torch reads its own format with weights_only=True. What
+names mean is the topic of `weights`.
+Source: the format at github.com/huggingface/safetensors, README.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ssdlib.hub import check_torch, unique
+
+__all__ = ["headers"]
+
+
+def headers(files: list[Path]) -> dict[str, tuple[str, tuple, Callable]]:
+    """Tensor name -> (file, shape, function that reads it); no weight is read yet."""
+    stored: dict = {}
+    for file in files:
+        tensors = _bin if file.suffix == ".bin" else _safetensors
+        for name, shape, read in tensors(file):
+            # The one name in which the two layouts differ.
+            name = name.replace("backbone.embedding.", "backbone.embeddings.")
+            if name in stored:
+                raise ValueError(f"{file.name}: tensor {name!r} comes twice")
+            stored[name] = file.name, shape, read
+    return stored
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
+    try:
+        with safe_open(path, framework="numpy") as f:
+            slices = [(name, f.get_slice(name)) for name in f.keys()]
+            about = [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
+        with open(path, "rb") as file:  # its parser lets the last of two keys win
+            size = int.from_bytes(file.read(8), "little")
+            json.loads(file.read(size), object_pairs_hook=unique)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: not a readable safetensors file ({error})"
+        ) from error
+    for name, dtype, shape in about:
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path.name}: tensor {name!r} is {dtype}; it must be floating point "
+                "of 16 bits or more"
+            )
+        yield name, shape, partial(_read_safetensors, path, name)
+
+
+def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
+    # A mapping of its own for each tensor: what was read through one stays in memory
+    # until it is closed, and one mapping for all would make a second copy of the model.
+    with safe_open(path, framework="numpy") as f:
+        return f.get_slice(name)[index] if index else f.get_tensor(name)
+
+
+def _bin(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
+    check_torch(path.name)
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, EOF and RuntimeError
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path.name}: torch cannot read it as plain weights ({reason})"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path.name}: holds no dictionary of tensors")
+    for name, tensor in list(state.items()):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path.name}: {name!r} is no floating point tensor")
+        yield str(name), tuple(tensor.shape), partial(_take, state, name)
+
+
+def _take(state: dict, name: str) -> np.ndarray:
+    tensor = state.pop(name)  # its memory is then free again; mmap would keep it
+    return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()
