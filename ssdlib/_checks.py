@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "check_floats",
     "check_integers",
     "check_is",
     "check_key",
@@ -95,6 +96,15 @@ def check_shapes(**arrays: tuple) -> dict[str, int]:
             want = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in letters)
             raise ValueError(f"{name}: shape {shape}; it must be ({want})")
     return sizes
+
+
+def check_floats(name: str, x) -> None:
+    """Raise ValueError unless x is an array of floating point numbers."""
+    dtype, shape = _of_array(name, x)
+    if not jnp.issubdtype(dtype, jnp.floating) or not shape:
+        raise ValueError(
+            f"{name}: {dtype} of shape {shape}; it must be a floating-point array"
+        )
 
 
 def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:

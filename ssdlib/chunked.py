@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ssdlib._checks import check_size
 from ssdlib.quadratic import (
     Decays,
     dual,
@@ -50,11 +51,11 @@ def ssd_chunked(
     set the size of a write and the decay independently (see `recurrences`).
 
     Dtypes as in `ssd_quadratic`. Raises ValueError if a shape does not fit or
-    chunk_size is below 1. Returns (y, h_T). Source: arXiv 2405.21060, section 6.
+    chunk_size is not an integer of at least 1. Returns (y, h_T). Source: arXiv
+    2405.21060, section 6.
     """
     check_ssd(h0, x, dt, A, B, C, D)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: {chunk_size}; it must be at least 1")
+    check_size("chunk_size", chunk_size)
     (b, T, H, P), G, dtype = x.shape, B.shape[2], accumulator(x)
     Q = min(chunk_size, T)
     spans = -(-T // max(Q, AT_ONCE))

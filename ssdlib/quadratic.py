@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ssdlib._checks import check_floats
 from ssdlib.recurrence import check_ssd, merge_heads, split_heads, to_accumulator
 
 __all__ = ["decay_mask", "segsum", "ssd_quadratic"]
@@ -29,8 +30,10 @@ def segsum(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
     and Oishi 2008, "Accurate floating-point summation part I", section 3.
 
     O(T²) time and memory. Gradients flow as through the plain sums, and none through
-    the diagonal, which is the constant 0.
+    the diagonal, which is the constant 0. Raises ValueError if log_a is not floating
+    point.
     """
+    check_floats("log_a", log_a)
     return _differences(*_exact_sums(log_a))
 
 

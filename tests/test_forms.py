@@ -254,7 +254,7 @@ def test_empty_sequences_integer_inputs_and_empty_chunks_are_named():
         ssd_chunked(x.astype(jnp.int32), dt, A, B, C)
     with pytest.raises(ValueError, match="x: T = 0 tokens"):
         ssd_chunked(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0])
-    with pytest.raises(ValueError, match="chunk_size: 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="chunk_size: 0; it must be"):
         ssd_chunked(x, dt, A, B, C, chunk_size=0)
     with pytest.raises(ValueError, match="x_t: shape"):
         ssd_step(h0, x, dt, A, B, C, D)
