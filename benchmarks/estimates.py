@@ -3,11 +3,11 @@
     pip install mamba2-jax==1.1.2 "ssdlib[tpu]"
     python benchmarks/estimates.py [--sizes 130m,2.7b] [--targets tpu-v6e,tpu-v5e] ...
 
-Compiles a decode step and a prefill of 1,024 tokens, batch 1, and writes what the chapter
-on speed reads: book/results/estimates.json, one row a program, an older row of the same
-program replaced. Cycles are the compiler's own estimates: a model, no time. Weights are
-shapes only and nothing is run. Ours and theirs are compiled in turn, --repeats times, so
-that their compile seconds can be compared; processor seconds are those of all threads.
+Compiles a decode step and a prefill of 1,024 tokens, batch 1, and writes what chapter
+14 reads: book/results/estimates.json, one row a program; a row of the same program is
+replaced. Cycles are the compiler's own estimates: a model, no time. Weights are shapes
+only and nothing is run. Ours and theirs are compiled in turn, --repeats times, so that
+their compile seconds can be compared; processor seconds are those of all threads.
 Without mamba2-jax its rows stay as they are.
 """
 
