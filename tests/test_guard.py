@@ -61,3 +61,11 @@ def test_a_cpu_does_little_beyond_what_is_needed():
     need = roofline.decode(config, 1)
     assert step(2, "cpu").flops <= 1.01 * need.flops
     assert step(2, "cpu").bytes <= 1.02 * need.bytes
+
+
+@pytest.mark.parametrize("name", [target("l40s")])
+def test_a_layer_on_a_gpu_is_ten_kernels_all_of_xla(name):
+    one, two = step(1, name), step(2, name)
+    assert two.launches - one.launches <= 10
+    assert not two.custom_calls
+    assert not {op.opcode for op in two.ops} & {"infeed", "outfeed", "send", "recv"}

@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 
 BOOK = Path(__file__).parent.parent / "book"
-NAMES = ("07_hlo", "08_roofline", "09_results", "12_scale_out")
+NAMES = ("07_hlo", "08_roofline", "09_results", "12_scale_out", "14_performance")
 CHAPTERS = [BOOK / f"{name}.ipynb" for name in NAMES]
 
 
