@@ -35,6 +35,7 @@ __all__ = [
 ArrayLike = Array | np.ndarray
 
 CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
+FEW_ROWS = 32  # of a product on a CPU: see `_product`
 
 
 # --- the public functions: check, then run the compiled program ----------------------
@@ -262,7 +263,7 @@ def _embed(params, tokens):
 
 def _linear(p, name, u, cut=slice(None)):
     """W u (+ bias), with W stored as (outputs, inputs); or a cut of the outputs."""
-    y = jnp.einsum("...i,oi->...o", u, p[name][cut])
+    y = _product(p[name][cut], u, u.dtype)
     bias = p.get("dt_proj_bias" if name == "dt" else f"{name}_bias")
     return y if bias is None else y + jnp.broadcast_to(bias[cut], y.shape)
 
@@ -272,7 +273,31 @@ def _head(params, config, r):
     embedding = params["embedding"]
     u = rms_norm(r, params["norm"], config.norm_eps).astype(embedding.dtype)
     head = embedding if config.tie_embeddings else params["head"]
-    return jnp.einsum("...d,vd->...v", u, head, preferred_element_type=r.dtype)
+    return _product(head, u, r.dtype)
+
+
+def _product(W, u, dtype):
+    """W u over the last axis of u, with W stored as (outputs, inputs).
+
+    XLA on a CPU needs advice. In bfloat16, ask for sums in float32, or the whole
+    matrix is widened first. In float32, a product of a few rows reads W in the order
+    in which it is stored only if the rows lie side by side in the result; the barrier
+    keeps the transpose after it from being moved into the product.
+    """
+    rows = u.size // u.shape[-1]
+
+    def plain(W, u, sums=dtype):
+        return jnp.einsum("...i,oi->...o", u, W, preferred_element_type=sums)
+
+    def on_cpu(W, u):
+        if u.dtype == jnp.bfloat16:
+            return plain(W, u, jnp.float32).astype(dtype)
+        if not 1 < rows <= FEW_ROWS:
+            return plain(W, u)
+        y = jnp.einsum("ri,oi->or", u.reshape(rows, -1), W)
+        return jax.lax.optimization_barrier(y).T.reshape(*u.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(W, u, cpu=on_cpu, default=plain)
 
 
 def _pad_rows(v, rows):
