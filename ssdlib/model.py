@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_is, check_range, check_tokens
 from ssdlib.cache import Cache, check_cache, init_cache, move_on
-from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
 from ssdlib.params import Params, check_params, init_params
+from ssdlib.platforms import by_rows, product, ssd
 from ssdlib.recurrence import accumulator, ssd_step
 
 __all__ = [
@@ -33,9 +33,6 @@ __all__ = [
 ]
 
 ArrayLike = Array | np.ndarray
-
-CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
-FEW_ROWS = 32  # of a product on a CPU: see `_product`
 
 
 # --- the public functions: check, then run the compiled program ----------------------
@@ -124,7 +121,7 @@ def prefill_any(params, config, tokens, cache, lengths=None):
         return _head(params, config, r[:, 0])[:b], after
 
     if T == 1:
-        return _by_rows(step, b, dtype)
+        return by_rows(step, b, dtype)
     r, after = _backbone(params, config, tokens, cache, lengths)
     if lengths is None:
         last = r[:, -1]
@@ -135,23 +132,10 @@ def prefill_any(params, config, tokens, cache, lengths=None):
     def head(rows):
         return _head(params, config, _pad_rows(last, rows))[:b]
 
-    return _by_rows(head, b, dtype), after
+    return by_rows(head, b, dtype), after
 
 
 _prefill = jax.jit(prefill_any, static_argnames="config")
-
-
-def _by_rows(fn, b, dtype):
-    """fn(rows): rows is b, or more where products of few rows are slow.
-
-    A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
-    vector unit (chapter 08). On a CPU, XLA widens a whole bfloat16 matrix to multiply
-    it by one row; by four rows it calls a kernel that does not. Zeros beside the real
-    rows are cheaper than either.
-    """
-    least = {"tpu": 8} | ({"cpu": 4} if dtype == jnp.bfloat16 else {})
-    padded = {platform: partial(fn, n) for platform, n in least.items() if n > b}
-    return jax.lax.platform_dependent(default=partial(fn, b), **padded)
 
 
 # --- the model, from the outside in --------------------------------------------------
@@ -197,7 +181,7 @@ def _block(p, config, u, conv, h, lengths):
     if T == 1:
         y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
     else:
-        y, h = _ssd(config.chunk_size, x, dt, A, B, C, p["D"], h)
+        y, h = ssd(config.chunk_size, x, dt, A, B, C, p["D"], h)
 
     y = _pad_rows(y.reshape(b, T, d), len(u)) * jax.nn.silu(_linear(p, "z", u))
     y = rms_norm(y, p["gate_norm"], config.norm_eps, G).astype(u.dtype)
@@ -239,18 +223,6 @@ def _causal_conv(v, conv, weight, bias, lengths):
     return out, jnp.take_along_axis(window, index[..., None], axis=1)
 
 
-def _ssd(chunk_size, *args):
-    """`ssd_chunked` with the chunk length that is fastest on the platform.
-
-    The result does not depend on it.
-    """
-
-    def chunks(longest):
-        return partial(ssd_chunked, *args, chunk_size=min(longest, chunk_size))
-
-    return jax.lax.platform_dependent(**{k: chunks(n) for k, n in CHUNK.items()})
-
-
 def _embed(params, tokens):
     """Rows of the embedding, in float32; NaN for a token outside the vocabulary."""
     r = (
@@ -263,7 +235,7 @@ def _embed(params, tokens):
 
 def _linear(p, name, u, cut=slice(None)):
     """W u (+ bias), with W stored as (outputs, inputs); or a cut of the outputs."""
-    y = _product(p[name][cut], u, u.dtype)
+    y = product(p[name][cut], u, u.dtype)
     bias = p.get("dt_proj_bias" if name == "dt" else f"{name}_bias")
     return y if bias is None else y + jnp.broadcast_to(bias[cut], y.shape)
 
@@ -273,31 +245,7 @@ def _head(params, config, r):
     embedding = params["embedding"]
     u = rms_norm(r, params["norm"], config.norm_eps).astype(embedding.dtype)
     head = embedding if config.tie_embeddings else params["head"]
-    return _product(head, u, r.dtype)
-
-
-def _product(W, u, dtype):
-    """W u over the last axis of u, with W stored as (outputs, inputs).
-
-    XLA on a CPU needs advice. In bfloat16, ask for sums in float32, or the whole
-    matrix is widened first. In float32, a product of a few rows reads W in the order
-    in which it is stored only if the rows lie side by side in the result; the barrier
-    keeps the transpose after it from being moved into the product.
-    """
-    rows = u.size // u.shape[-1]
-
-    def plain(W, u, sums=dtype):
-        return jnp.einsum("...i,oi->...o", u, W, preferred_element_type=sums)
-
-    def on_cpu(W, u):
-        if u.dtype == jnp.bfloat16:
-            return plain(W, u, jnp.float32).astype(dtype)
-        if not 1 < rows <= FEW_ROWS:
-            return plain(W, u)
-        y = jnp.einsum("ri,oi->or", u.reshape(rows, -1), W)
-        return jax.lax.optimization_barrier(y).T.reshape(*u.shape[:-1], -1)
-
-    return jax.lax.platform_dependent(W, u, cpu=on_cpu, default=plain)
+    return product(head, u, r.dtype)
 
 
 def _pad_rows(v, rows):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ssdlib.config import Mamba2Config
-from ssdlib.model import CHUNK
+from ssdlib.platforms import CHUNK
 
 __all__ = [
     "HARDWARE",
@@ -126,7 +126,7 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
     """The dual form on each of T/Q chunks, the state handed on: O(T Q) FLOPs.
 
     Q is the config's chunk length. A prefill takes shorter chunks where those are
-    faster (`model.CHUNK`), and then fewer FLOPs.
+    faster (`platforms.CHUNK`), and then fewer FLOPs.
     """
     Q = min(config.chunk_size, T)
     chunks = -(-T // Q)

@@ -18,7 +18,7 @@ import ssdlib
 from ssdlib import bench, config, record, roofline
 from ssdlib.__main__ import main
 from ssdlib.hlo import RECORDS
-from ssdlib.model import CHUNK
+from ssdlib.platforms import CHUNK
 from ssdlib.roofline import Chip
 
 SCHEMA = json.loads((RECORDS / "runs/schema.json").read_text())

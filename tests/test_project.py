@@ -16,6 +16,7 @@ ORDER = [  # a module imports only from those above it
     "recurrence",
     "quadratic",
     "chunked",
+    "platforms",
     "recurrences",
     "nonscalar",
     "params",

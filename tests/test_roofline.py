@@ -16,7 +16,7 @@ import ssdlib
 from ssdlib import roofline
 from ssdlib.config import PRESETS
 from ssdlib.hlo import compile_for
-from ssdlib.model import CHUNK
+from ssdlib.platforms import CHUNK
 from ssdlib.roofline import HARDWARE, Chip, Work
 
 

@@ -1,0 +1,66 @@
+"""What is written differently for a chip: equal results, by rules that were measured.
+
+A program holds one variant only, that of the platform for which it is lowered.
+Chapter 14 shows in the compiled programs what each rule changes.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ssdlib.chunked import ssd_chunked
+
+__all__ = ["CHUNK", "by_rows", "product", "ssd"]
+
+CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
+FEW_ROWS = 32  # of a product on a CPU
+
+
+def ssd(chunk_size, *args):
+    """`ssd_chunked` with the chunk length that is fastest on the platform.
+
+    The result does not depend on it.
+    """
+
+    def chunks(longest):
+        return partial(ssd_chunked, *args, chunk_size=min(longest, chunk_size))
+
+    return jax.lax.platform_dependent(**{k: chunks(n) for k, n in CHUNK.items()})
+
+
+def by_rows(fn, b, dtype):
+    """fn(rows): rows is b, or more where products of few rows are slow.
+
+    A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
+    vector unit (chapter 08). On a CPU, XLA widens a whole bfloat16 matrix to multiply
+    it by one row; by four rows it calls a kernel that does not. Zeros beside the real
+    rows are cheaper than either.
+    """
+    least = {"tpu": 8} | ({"cpu": 4} if dtype == jnp.bfloat16 else {})
+    padded = {platform: partial(fn, n) for platform, n in least.items() if n > b}
+    return jax.lax.platform_dependent(default=partial(fn, b), **padded)
+
+
+def product(W, u, dtype):
+    """W u over the last axis of u, with W stored as (outputs, inputs).
+
+    XLA on a CPU needs advice. In bfloat16, ask for sums in float32, or the whole
+    matrix is widened first. In float32, a product of a few rows reads W in the order
+    in which it is stored only if the rows lie side by side in the result; the barrier
+    keeps the transpose after it from being moved into the product.
+    """
+    rows = u.size // u.shape[-1]
+
+    def plain(W, u, sums=dtype):
+        return jnp.einsum("...i,oi->...o", u, W, preferred_element_type=sums)
+
+    def on_cpu(W, u):
+        if u.dtype == jnp.bfloat16:
+            return plain(W, u, jnp.float32).astype(dtype)
+        if not 1 < rows <= FEW_ROWS:
+            return plain(W, u)
+        y = jnp.einsum("ri,oi->or", u.reshape(rows, -1), W)
+        return jax.lax.optimization_barrier(y).T.reshape(*u.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(W, u, cpu=on_cpu, default=plain)
