@@ -79,8 +79,8 @@ def ssd_quadratic(
 # --- the parts of the dual, that `ssd_chunked` puts together for many chunks ----------
 #
 # Their arrays are of the accumulator dtype. States are (b, G, N, R, P) here, with R
-# heads a group: products write and read them so without a transpose. Products are
-# written with the left factor last, because einsum takes the last operand first.
+# heads a group. Each product leaves its result in the order of its factors, heads
+# first, so that no large factor is written transposed.
 
 
 class Decays(NamedTuple):
@@ -115,16 +115,16 @@ def dual(x, dt, decays: Decays, B, C) -> tuple[Array, Array]:
     G = B.shape[-2]
     dt_x = dt[..., None] * x
     L = split_heads(mask(decays.hi, decays.lo), G, 1)
-    M = L * jnp.einsum("bsgn,blgn->bgls", B, C)[:, :, None]
-    y = jnp.einsum("bsgrp,bgrls->bgrlp", split_heads(dt_x, G, 2), M)
+    M = L * jnp.einsum("blgn,bsgn->bgls", C, B)[:, :, None]
+    y = jnp.einsum("bgrls,bsgrp->bgrlp", M, split_heads(dt_x, G, 2))
     writes = split_heads(decays.to_end[..., None] * dt_x, G, 2)
-    h = jnp.einsum("bsgrp,bsgn->bgnrp", writes, B)
+    h = jnp.einsum("bsgn,bsgrp->bgnrp", B, writes)
     return jnp.swapaxes(merge_heads(y, 1), 1, 2), h
 
 
 def read_state(decays: Decays, C, h: Float[Array, "b G N R P"]) -> Array:
     """What the state h before the first token adds to y: from_start (C h)."""
-    read = jnp.swapaxes(jnp.einsum("bgnrp,blgn->bglrp", h, C), 1, 2)
+    read = jnp.swapaxes(jnp.einsum("blgn,bgnrp->bglrp", C, h), 1, 2)
     return decays.from_start[..., None] * merge_heads(read, 2)
 
 
