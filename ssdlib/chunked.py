@@ -26,7 +26,7 @@ from ssdlib.recurrence import accumulator, check_ssd, zero_state
 
 __all__ = ["ssd_chunked"]
 
-AT_ONCE = 512  # tokens: large products, in memory that does not grow with T
+AT_ONCE = 8, 512  # chunks, tokens: large products in memory that T does not change
 
 
 def ssd_chunked(
@@ -58,8 +58,8 @@ def ssd_chunked(
     check_size("chunk_size", chunk_size)
     (b, T, H, P), G, dtype = x.shape, B.shape[2], accumulator(x)
     Q = min(chunk_size, T)
-    spans = -(-T // max(Q, AT_ONCE))
-    chunks = -(-T // (Q * spans))  # a span; the last one is filled up
+    most = max(1, min(AT_ONCE[0], AT_ONCE[1] // Q))
+    chunks = -(-T // (Q * -(-T // (Q * most))))  # a span; the last one is filled up
     cut = partial(_split_chunks, n=chunks, Q=Q)
     h0 = zero_state(x, B) if h0 is None else jnp.asarray(h0, dtype)
 

@@ -132,6 +132,7 @@ def _scan(body, h0, inputs, Q, name, dtype):
     if Q < 1:
         raise ValueError(f"{name}: {Q}; it must be at least 1")
     b, T, H, P = inputs[2].shape
-    h, y = jax.lax.scan(body, h0, tuple(_split_chunks(w, min(Q, T)) for w in inputs))
+    cut = tuple(_split_chunks(w, 1, min(Q, T))[:, :, 0] for w in inputs)
+    h, y = jax.lax.scan(body, h0, cut)
     y = jnp.moveaxis(y, 0, 1).reshape(b, -1, H, P)[:, :T]
     return y.astype(dtype), h
