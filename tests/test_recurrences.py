@@ -214,11 +214,11 @@ def test_without_the_decay_mask_a_model_is_wrong(name):
     model, args, loop = case(name, 23)
     y_star, _ = definition(name, loop, args)
 
-    def no_mask(log_a):
-        return jnp.ones((*log_a.shape, log_a.shape[-1]))
+    def no_mask(hi, lo):
+        return jnp.ones((*hi.shape, hi.shape[-1]))
 
     how = {chunk_argument(name): 8}
-    with mock.patch.object(ssdlib.quadratic, "decay_mask", no_mask):
+    with mock.patch.object(ssdlib.quadratic, "mask", no_mask):
         y, _ = jax.jit(partial(model, **how))(*args)
     assert oracle.error(y, y_star) > 1e-2
 
