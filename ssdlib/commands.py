@@ -41,7 +41,7 @@ def generate(args) -> None:
         raise ValueError("prompt: it is empty; give at least one character")
     params, config, tokenizer = load_model(args)
     prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
-    tell("compiling two programs, to read the prompt and to write")
+    tell(f"compiling for {jax.devices()[0].device_kind}")
     start = time.perf_counter()
     blocks = stream(
         params,
