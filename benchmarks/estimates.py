@@ -1,6 +1,6 @@
 """What the TPU's compiler expects of this library and of mamba2-jax 1.1.2.
 
-    pip install mamba2-jax==1.1.2 "ssdlib[tpu]"
+    pip install mamba2-jax==1.1.2 ".[tpu]"
     python benchmarks/estimates.py [--sizes 130m,2.7b] [--targets tpu-v6e,tpu-v5e] ...
 
 Compiles a decode step and a prefill of 1,024 tokens, batch 1, and writes what chapter

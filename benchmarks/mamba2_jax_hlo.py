@@ -1,6 +1,6 @@
 """Record what compilers make of mamba2-jax 1.1.2: a cached step, a prefill.
 
-    pip install mamba2-jax==1.1.2 "ssdlib[tpu]"
+    pip install mamba2-jax==1.1.2 ".[tpu]"
     python benchmarks/mamba2_jax_hlo.py [130m 370m ...]
 
 Writes book/results/hlo/mamba2_jax_{step,prefill}_SIZE@TARGET.json.gz, which chapters 07
