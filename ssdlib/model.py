@@ -149,16 +149,22 @@ def _backbone(params, config, tokens, cache, lengths, rows=None):
     r, tails, h = _pad_rows(_embed(params, tokens), rows), [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
-            u = rms_norm(r, p["norm"], config.norm_eps).astype(p["z"].dtype)
             state = cache.conv[:, i], cache.h[i]
-            out, tail, h_i = _block(p, config, u, *state, lengths)
-            r = r + out.astype(r.dtype)
+            r, tail, h_i = _layer(p, config, r, *state, lengths)
         tails.append(tail)
         h.append(h_i)
     conv = move_on(cache.conv, tails)
     if tokens.shape[1] == 1 and lengths is not None:
         conv = jnp.where((lengths > 0)[:, None, None, None], conv, cache.conv)
     return r, Cache(conv=conv, h=tuple(h))
+
+
+@partial(jax.jit, static_argnames="config")  # all layers share one trace; XLA inlines
+def _layer(p, config, r, conv, h, lengths):
+    """r + block(norm(r)) in float32: (residual, last inputs of conv, h)."""
+    u = rms_norm(r, p["norm"], config.norm_eps).astype(p["z"].dtype)
+    out, tail, h = _block(p, config, u, conv, h, lengths)
+    return r + out.astype(r.dtype), tail, h
 
 
 def _block(p, config, u, conv, h, lengths):
