@@ -150,7 +150,7 @@ def _backbone(params, config, tokens, cache, lengths, rows=None):
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
             state = cache.conv[:, i], cache.h[i]
-            r, tail, h_i = _layer(p, config, r, *state, lengths)
+            r, tail, h_i = _block(p, config, r, *state, lengths)
         tails.append(tail)
         h.append(h_i)
     conv = move_on(cache.conv, tails)
@@ -160,25 +160,20 @@ def _backbone(params, config, tokens, cache, lengths, rows=None):
 
 
 @partial(jax.jit, static_argnames="config")  # all layers share one trace; XLA inlines
-def _layer(p, config, r, conv, h, lengths):
-    """r + block(norm(r)) in float32: (residual, last inputs of conv, h)."""
-    u = rms_norm(r, p["norm"], config.norm_eps).astype(p["z"].dtype)
-    out, tail, h = _block(p, config, u, conv, h, lengths)
-    return r + out.astype(r.dtype), tail, h
+def _block(p, config, r, conv, h, lengths):
+    """One block on r (b, T, d_model) in float32: (the next r, last inputs of conv, h).
 
-
-def _block(p, config, u, conv, h, lengths):
-    """One Mamba-2 mixer on u (b, T, d_model): (output, last inputs of conv, h).
-
-    u may have more rows than conv and h: the matrices multiply them too, nothing else.
+    r may have more rows than conv and h: the matrices multiply them too, nothing else.
     """
-    b, T, d, G = len(h), u.shape[1], config.d_inner, config.n_groups
-    x, B, C, tail = _xBC(p, config, u, conv, lengths)
+    b, T, d, G = len(h), r.shape[1], config.d_inner, config.n_groups
+    z, *xBC, dt = _project(p, config, r)
+    x, B, C, tail = _xBC(p, [v[:b] for v in xBC], conv, lengths)
     x = x.reshape(b, T, config.n_heads, config.head_dim)
     B, C = (v.reshape(b, T, G, config.d_state) for v in (B, C))
 
-    dt = _linear(p, "dt", u)[:b].astype(h.dtype)
-    dt = jax.nn.softplus(dt + p["dt_bias"][None, None].astype(h.dtype))
+    dt = jax.nn.softplus(
+        dt[:b].astype(h.dtype) + p["dt_bias"][None, None].astype(h.dtype)
+    )
     dt = jnp.clip(dt, *config.time_step_limit)
     if lengths is not None:  # a token of dt = 0 neither decays nor writes the state
         dt = jnp.where((jnp.arange(T)[None] < lengths[:, None])[..., None], dt, 0)
@@ -189,26 +184,46 @@ def _block(p, config, u, conv, h, lengths):
     else:
         y, h = ssd(config.chunk_size, x, dt, A, B, C, p["D"], h)
 
-    y = _pad_rows(y.reshape(b, T, d), len(u)) * jax.nn.silu(_linear(p, "z", u))
-    y = rms_norm(y, p["gate_norm"], config.norm_eps, G).astype(u.dtype)
-    return _linear(p, "out", y), tail, h
+    y = _pad_rows(y.reshape(b, T, d), len(r)) * jax.nn.silu(z)
+    y = rms_norm(y, p["gate_norm"], config.norm_eps, G).astype(z.dtype)
+    out = _add_bias(product(p["out"], y, y.dtype), p.get("out_bias"))
+    return r + out.astype(r.dtype), tail, h
 
 
-def _xBC(p, config, u, conv, lengths):
-    """(x, B, C, the last inputs of the convolution): silu(conv(W_xBC u)) in parts."""
-    d, GN, one = config.d_inner, config.n_groups * config.d_state, u.shape[1] == 1
-    cuts = slice(0, d), slice(d, d + GN), slice(d + GN, d + 2 * GN)
-    parts, tails = [], []
-    # Slices of weights are free, those of many tokens are copies.
-    for cut in [slice(None)] if one else cuts:
-        v, bias = _linear(p, "xBC", u, cut)[: len(conv)], p.get("conv_bias")
-        bias = None if bias is None else bias[cut]
+def _project(p, config, r):
+    """(z, x, B, C, dt) before the convolution, W_in norm(r) in its five parts.
+
+    The norm divides each token by one number, so here it divides after the product:
+    on a GPU that is one kernel less. Many tokens are multiplied by each part of the
+    rows, as a slice of weights is free; slices of few results are.
+    """
+    sizes = 2 * [config.d_inner] + 2 * [config.n_groups * config.d_state]
+    ends = np.cumsum([*sizes, config.n_heads])
+    cuts = [slice(*cut) for cut in zip([0, *ends], ends, strict=False)]
+    r, dtype = r.astype(accumulator(r)), p["in"].dtype
+    u = (r * p["norm"].astype(r.dtype)[None, None]).astype(dtype)
+    scale = _inverse_rms(r, config.norm_eps)
+
+    def rows(cut):
+        y = (product(p["in"][cut], u, r.dtype) * scale).astype(dtype)
+        return _add_bias(y, p.get("in_bias"), cut)
+
+    if r.shape[1] > 1:
+        return [rows(cut) for cut in cuts]
+    y = rows(slice(None))
+    return [y[..., cut] for cut in cuts]
+
+
+def _xBC(p, parts, conv, lengths):
+    """(x, B, C, the last inputs of the convolution): silu(conv(part)) of each part."""
+    out, tails, start = [], [], 0
+    for v in parts:
+        cut = slice(start, start := start + v.shape[-1])
+        bias = p["conv_bias"][cut] if "conv_bias" in p else None
         v, tail = _causal_conv(v, conv[..., cut], p["conv"][cut], bias, lengths)
-        parts.append(jax.nn.silu(v))
+        out.append(jax.nn.silu(v))
         tails.append(tail)
-    if one:
-        parts = [parts[0][..., cut] for cut in cuts]
-    return *parts, jnp.concatenate(tails, axis=-1)
+    return *out, jnp.concatenate(tails, axis=-1)
 
 
 def _causal_conv(v, conv, weight, bias, lengths):
@@ -239,10 +254,8 @@ def _embed(params, tokens):
     return r.astype(accumulator(r))
 
 
-def _linear(p, name, u, cut=slice(None)):
-    """W u (+ bias), with W stored as (outputs, inputs); or a cut of the outputs."""
-    y = product(p[name][cut], u, u.dtype)
-    bias = p.get("dt_proj_bias" if name == "dt" else f"{name}_bias")
+def _add_bias(y, bias, cut=slice(None)):
+    """y + bias, or its cut; y itself if there is none."""
     return y if bias is None else y + jnp.broadcast_to(bias[cut], y.shape)
 
 
@@ -266,5 +279,9 @@ def rms_norm(v, weight, eps, groups=1):
     """
     v = v.astype(accumulator(v))
     parts = v.reshape(*v.shape[:-1], groups, -1)
-    parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + eps)
+    parts = parts * _inverse_rms(parts, eps)
     return parts.reshape(v.shape) * jnp.broadcast_to(weight.astype(v.dtype), v.shape)
+
+
+def _inverse_rms(v, eps):
+    return jax.lax.rsqrt(jnp.mean(v**2, axis=-1, keepdims=True) + eps)

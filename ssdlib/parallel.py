@@ -25,7 +25,7 @@ from ssdlib._checks import check_integers, check_range, check_tokens
 from ssdlib.cache import Cache, move_on
 from ssdlib.chunked import ssd_chunked
 from ssdlib.config import Mamba2Config
-from ssdlib.model import ArrayLike, _causal_conv, _head, _linear, rms_norm
+from ssdlib.model import ArrayLike, _causal_conv, _head, _project, rms_norm
 from ssdlib.params import Params
 from ssdlib.recurrence import accumulator, merge_heads, split_heads, ssd_step
 from ssdlib.sharding import (
@@ -150,10 +150,8 @@ def _device(config, local, split, params, tokens, cache, lengths):
     tails, h = [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
-            u = rms_norm(r, p["norm"], config.norm_eps)
-            u = u.astype(params["embedding"].dtype)
             state = cache.conv[:, i], cache.h[i]
-            out, tail, h_i = _block(p, config, local, u, *state, left, split)
+            out, tail, h_i = _block(p, config, local, r, *state, left, split)
             r = r + out
         tails.append(tail)
         h.append(h_i)
@@ -162,10 +160,11 @@ def _device(config, local, split, params, tokens, cache, lengths):
     return _head(params, config, r), Cache(conv=move_on(cache.conv, tails), h=tuple(h))
 
 
-def _block(p, config, local, u, conv, h, left, split):
+def _block(p, config, local, r, conv, h, left, split):
     """`model._block` on this device's heads and tokens, with its crossings."""
-    T, G = u.shape[1], local.n_groups
-    z, xBC, dt = (_linear(p, name, u) for name in ("z", "xBC", "dt"))
+    T, G = r.shape[1], local.n_groups
+    z, *xBC, dt = _project(p, local, r)
+    xBC = jnp.concatenate(xBC, axis=-1)
 
     if split:  # crossing 1: the convolution's inputs from the device to the left
         conv = _halo(xBC, conv)
@@ -189,7 +188,7 @@ def _block(p, config, local, u, conv, h, left, split):
     else:
         y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
     y = y.reshape(z.shape) * jax.nn.silu(z)
-    y = _gated_norm(y, p["gate_norm"], config).astype(u.dtype)
+    y = _gated_norm(y, p["gate_norm"], config).astype(z.dtype)
 
     # Crossing 3: the sum over heads, in float32 whatever the weights are.
     out = jnp.einsum("bti,oi->bto", y, p["out"], preferred_element_type=h.dtype)

@@ -41,25 +41,22 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
         )
 
     def layer(key):
-        k = jax.random.split(key, 7)
-        dt = jnp.exp(jax.random.uniform(k[4], (H,), f32, *map(math.log, (1e-3, 1e-1))))
+        k = jax.random.split(key, 5)
+        dt = jnp.exp(jax.random.uniform(k[2], (H,), f32, *map(math.log, (1e-3, 1e-1))))
         p = {
             "norm": jnp.ones(d, f32),
-            "z": matrix(k[0], d_inner, d),
-            "xBC": matrix(k[1], d_xBC, d),
-            "dt": matrix(k[2], H, d),
-            "conv": matrix(k[3], d_xBC, config.d_conv),
+            "in": matrix(k[0], d_inner + d_xBC + H, d),  # [z; x; B; C; dt]
+            "conv": matrix(k[1], d_xBC, config.d_conv),
             "dt_bias": dt + jnp.log(-jnp.expm1(-dt)),  # inverse of softplus
-            "A_log": jnp.log(jax.random.uniform(k[5], (H,), f32, 1.0, 16.0)),
+            "A_log": jnp.log(jax.random.uniform(k[3], (H,), f32, 1.0, 16.0)),
             "D": jnp.ones(H, f32),
             "gate_norm": jnp.ones(d_inner, f32),
-            "out": matrix(k[6], d, d_inner, 1 / math.sqrt(config.n_layers)),
+            "out": matrix(k[4], d, d_inner, 1 / math.sqrt(config.n_layers)),
         }
         if config.conv_bias:
             p["conv_bias"] = jnp.zeros(d_xBC, dtype)
         if config.proj_bias:
-            p |= {f"{n}_bias": jnp.zeros(len(p[n]), dtype) for n in ("z", "xBC", "out")}
-            p["dt_proj_bias"] = jnp.zeros(H, dtype)
+            p |= {f"{n}_bias": jnp.zeros(len(p[n]), dtype) for n in ("in", "out")}
         return p
 
     k_embed, k_head, *k_layers = jax.random.split(key, 2 + config.n_layers)

@@ -4,11 +4,11 @@ A mesh has three axes, and any of them may be 1. `data` splits the batch, `model
 heads with their groups and projections, `seq` the tokens of a prefill. `parallel` is
 the program that runs on it. `spread` is for all other functions of the library.
 
-Split by heads, the rows of W_xBC are a mixture: x goes by head, B and C by group. Here
-device i of `model` holds its own [x_i; B_i; C_i] one below the other, and with them its
-channels of the convolution, so that no activation is moved to where its head is. With
-fewer groups than devices, a group's B and C are held and computed by each device that
-has heads of it. Names and the order of axes are those of `model`.
+Split by heads, the rows of W_in are a mixture: z, x and dt go by head, B and C by
+group. Here device i of `model` holds its own [z_i; x_i; B_i; C_i; dt_i] one below the
+other, and with them its channels of the convolution, so that no activation is moved to
+where its head is. With fewer groups than devices, a group's B and C are held and
+computed by each device that has heads of it. Names and the order of axes are those of `model`.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (arXiv
 1909.08053), section 3, for the split of the projections.
 """
@@ -58,7 +58,7 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh
 # --- what each device holds ----------------------------------------------------------
 
 AXIS = {"out": 1, "norm": None, "out_bias": None}  # which axis is split; else axis 0
-PER_HEAD = {"dt", "dt_proj_bias", "dt_bias", "A_log", "D"}
+PER_HEAD = {"dt_bias", "A_log", "D"}
 
 
 def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
@@ -85,12 +85,20 @@ def _rows(
     if key in ("embedding", "head"):
         v = -(-V // n)  # the last devices are filled up with zeros
         return [(min(i * v, V), min((i + 1) * v, V))]
-    per_head = 1 if key in PER_HEAD else config.head_dim
-    rows = [(i * H // n * per_head, (i + 1) * H // n * per_head)]
-    if key in ("xBC", "xBC_bias", "conv", "conv_bias"):
-        first, width = i * config.n_groups // n, local_config(config, mesh).n_groups
-        for start in (config.d_inner, config.d_inner + config.n_groups * N):  # B, C
-            rows.append((start + first * N, start + (first + width) * N))
+    local, G, d = local_config(config, mesh), config.n_groups, config.d_inner
+    heads = i * H // n, local.n_heads
+    channels = [(d, heads, config.head_dim)]  # of x; those of z are as many
+    channels += 2 * [(G * N, (i * G // n, local.n_groups), N)]  # B, C
+    if key in ("in", "in_bias"):
+        parts = [channels[0], *channels, (H, heads, 1)]
+    elif key in ("conv", "conv_bias"):
+        parts = channels
+    else:
+        parts = [(0, heads, 1 if key in PER_HEAD else config.head_dim)]
+    rows, start = [], 0
+    for size, (first, count), width in parts:
+        rows.append((start + first * width, start + (first + count) * width))
+        start += size
     return rows
 
 
@@ -221,7 +229,7 @@ def cache_spec(config: Mamba2Config) -> Cache:
 def init_cache(
     config: Mamba2Config, mesh: Mesh, batch_size: int, dtype=jnp.float32
 ) -> Cache:
-    """`ssdlib.init_cache` over a mesh. Channels of conv lie as the rows of xBC do.
+    """`ssdlib.init_cache` over a mesh. Channels of conv lie as in `shard`.
 
     Raises ValueError if `data` does not divide the batch size.
     """
@@ -270,7 +278,7 @@ def check_batch(mesh, b) -> None:
 def check_params(mesh, params) -> None:
     """Raise ValueError unless `shard` or `load` laid out the parameters for this mesh.
 
-    Rows of xBC in the order of `model` can have the same shape and compute nonsense.
+    Rows of W_in in the order of `model` can have the same shape and compute nonsense.
     """
     v = params["embedding"]
     if isinstance(v, jax.core.Tracer):  # inside a compiled program: nothing to see

@@ -67,17 +67,14 @@ def open_slices(
     dtype = floating(dtype)
     config, stored, want = _open(source, revision)
     out = {}
-    for name, (_, parts) in want.items():
+    for name, (place, shape) in want.items():
         file, _, read = stored[name]
         if not file.endswith(".safetensors"):
             raise ValueError(f"{file}: no slices; convert it once with ssdlib.save")
         copy = stored.get(HEAD) if name == EMBEDDING and config.tie_embeddings else None
-        row = 0
-        for place, shape in parts.items():
-            kind = jnp.float32 if place[1] in FLOAT32 else dtype
-            part = partial(_read_part, file, name, read, copy and copy[2], row, kind)
-            out[place] = jax.ShapeDtypeStruct(shape, kind), part
-            row += shape[0]
+        kind = jnp.float32 if place[1] in FLOAT32 else dtype
+        part = partial(_read_part, file, name, read, copy and copy[2], kind)
+        out[place] = jax.ShapeDtypeStruct(shape, kind), part
     return config, out
 
 
@@ -99,30 +96,24 @@ def _open(source, revision):
 def _read(config, stored, want, dtype) -> Params:
     """The parameters, tensor by tensor."""
     params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
-    total = sum(math.prod(shape) for shape, _ in want.values())
+    total = sum(math.prod(shape) for _, shape in want.values())
     bar = dict(unit=" weights", unit_scale=True, delay=2, leave=False, disable=None)
     with tqdm(total=total, **bar) as progress:
-        for name, (shape, parts) in want.items():
+        for name, ((layer, key), shape) in want.items():
             file, _, read = stored[name]
-            tensor, row = read(), 0
+            tensor = read()
             if name == EMBEDDING and config.tie_embeddings and HEAD in stored:
                 _check_tied(file, tensor, stored[HEAD][2]())
-            for (layer, key), part in parts.items():
-                rows = tensor[row : row + part[0]].reshape(part)
-                kind = jnp.dtype(jnp.float32) if key in FLOAT32 else dtype
-                (params if layer is None else params["layers"][layer])[key] = (
-                    jnp.asarray(_convert(file, name, rows, kind))
-                )
-                row += part[0]
+            kind = jnp.dtype(jnp.float32) if key in FLOAT32 else dtype
+            (params if layer is None else params["layers"][layer])[key] = jnp.asarray(
+                _convert(file, name, tensor.reshape(shape), kind)
+            )
             progress.update(math.prod(shape))
     return params
 
 
-def _read_part(file, name, read, read_copy, row, dtype, index) -> np.ndarray:
-    """The part of a parameter that starts at `row` of its tensor."""
-    first = slice(*(row + (i or 0) for i in (index[0].start, index[0].stop)))
-    if index[0] != slice(None):
-        index = (first, *index[1:])
+def _read_part(file, name, read, read_copy, dtype, index) -> np.ndarray:
+    """A part of a parameter."""
     values = read(index)
     if read_copy:
         _check_tied(file, values, read_copy(index))
@@ -157,21 +148,17 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
     check_is("folder", folder, str, os.PathLike)
     check_is("config", config, Mamba2Config)
     check_params(params)
-    tensors, used = {}, 0
-    for name, (shape, parts) in _layout(config).items():
-        values = []
-        for (layer, key), part in parts.items():
-            value = (params if layer is None else params["layers"][layer]).get(key)
-            if np.shape(value) != part:
-                where = key if layer is None else f"layers[{layer}][{key!r}]"
-                raise ValueError(
-                    f"params: {where} has shape {np.shape(value)}; config asks for "
-                    f"{part}"
-                )
-            values.append(np.asarray(value))
-        used += len(values)
-        tensors[name] = np.ascontiguousarray(np.concatenate(values).reshape(shape))
-    if len(jax.tree.leaves(params)) != used:
+    tensors = {}
+    for name, ((layer, key), shape) in _layout(config).items():
+        value = (params if layer is None else params["layers"][layer]).get(key)
+        if np.shape(value) != shape:
+            where = key if layer is None else f"layers[{layer}][{key!r}]"
+            raise ValueError(
+                f"params: {where} has shape {np.shape(value)}; config asks for {shape}"
+            )
+        value = np.asarray(value).reshape(_stored(name, shape))
+        tensors[name] = np.ascontiguousarray(value)
+    if len(jax.tree.leaves(params)) != len(tensors):
         raise ValueError("params: they hold more arrays than config asks for")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,55 +169,48 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
 # --- names and shapes -----------------------------------------------------------------
 
 
-def _layout(config: Mamba2Config) -> dict[str, tuple[tuple, dict[Place, tuple]]]:
-    """Name in a checkpoint -> (stored shape, {our parameter: its shape}).
-
-    Parameters that share a tensor lie in it one below the other.
-    """
+def _layout(config: Mamba2Config) -> dict[str, tuple[Place, tuple]]:
+    """Name in a checkpoint -> (our parameter, its shape)."""
     d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
-    rows = {"z": d_inner, "xBC": d_xBC, "dt": H}
-    mixer = {
-        "mixer.in_proj.weight": {key: (n, d) for key, n in rows.items()},
-        "mixer.conv1d.weight": {"conv": (d_xBC, config.d_conv)},  # stored (.., 1, ..)
-        "mixer.dt_bias": {"dt_bias": (H,)},
-        "mixer.A_log": {"A_log": (H,)},
-        "mixer.D": {"D": (H,)},
-        "mixer.norm.weight": {"gate_norm": (d_inner,)},
-        "mixer.out_proj.weight": {"out": (d, d_inner)},
+    d_in = d_inner + d_xBC + H
+    layer = {
+        "norm.weight": ("norm", (d,)),
+        "mixer.in_proj.weight": ("in", (d_in, d)),
+        "mixer.conv1d.weight": ("conv", (d_xBC, config.d_conv)),
+        "mixer.dt_bias": ("dt_bias", (H,)),
+        "mixer.A_log": ("A_log", (H,)),
+        "mixer.D": ("D", (H,)),
+        "mixer.norm.weight": ("gate_norm", (d_inner,)),
+        "mixer.out_proj.weight": ("out", (d, d_inner)),
     }
     if config.conv_bias:
-        mixer["mixer.conv1d.bias"] = {"conv_bias": (d_xBC,)}
+        layer["mixer.conv1d.bias"] = "conv_bias", (d_xBC,)
     if config.proj_bias:
-        names = "z_bias", "xBC_bias", "dt_proj_bias"
-        mixer["mixer.in_proj.bias"] = {
-            k: (n,) for k, n in zip(names, rows.values(), strict=True)
-        }
-        mixer["mixer.out_proj.bias"] = {"out_bias": (d,)}
+        layer["mixer.in_proj.bias"] = "in_bias", (d_in,)
+        layer["mixer.out_proj.bias"] = "out_bias", (d,)
 
-    groups = {EMBEDDING: {(None, "embedding"): (config.vocab_size, d)}}
+    out: dict = {EMBEDDING: ((None, "embedding"), (config.vocab_size, d))}
     for i in range(config.n_layers):
-        for name, parts in ({"norm.weight": {"norm": (d,)}} | mixer).items():
-            groups[f"backbone.layers.{i}.{name}"] = {
-                (i, key): shape for key, shape in parts.items()
-            }
-    groups["backbone.norm_f.weight"] = {(None, "norm"): (d,)}
+        for name, (key, shape) in layer.items():
+            out[f"backbone.layers.{i}.{name}"] = (i, key), shape
+    out["backbone.norm_f.weight"] = (None, "norm"), (d,)
     if not config.tie_embeddings:
-        groups[HEAD] = {(None, "head"): (config.vocab_size, d)}
-    out = {}
-    for name, parts in groups.items():
-        height, rest = sum(s[0] for s in parts.values()), next(iter(parts.values()))[1:]
-        middle = (1,) if name.endswith("conv1d.weight") else ()
-        out[name] = (height, *middle, *rest), parts
+        out[HEAD] = (None, "head"), (config.vocab_size, d)
     return out
+
+
+def _stored(name: str, shape: tuple) -> tuple:
+    """The shape in a checkpoint: filters of a convolution have an axis of 1 more."""
+    return (shape[0], 1, *shape[1:]) if name.endswith("conv1d.weight") else shape
 
 
 def _check_names(folder, config, stored, want) -> None:
     """Raise ValueError unless the files hold exactly the tensors that are wanted."""
     for name, (file, shape, _) in stored.items():
         if name == HEAD and config.tie_embeddings:  # a copy that some files keep
-            expected = want[EMBEDDING][0]
+            expected = want[EMBEDDING][1]
         elif name in want:
-            expected = want[name][0]
+            expected = _stored(name, want[name][1])
         else:
             raise ValueError(f"{file}: unknown tensor {name!r}")
         if shape != expected:

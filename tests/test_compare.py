@@ -193,8 +193,7 @@ def test_a_checkpoint_survives_gguf(checkpoint):
     assert reader.fields["tokenizer.ggml.model"].contents() == "no_vocab"
     assert len(stored) == 2 + 10 * sizes.n_layers - sizes.n_layers
     p = params["layers"][1]
-    z_xBC_dt = np.concatenate([p["z"], p["xBC"], p["dt"]])
-    np.testing.assert_array_equal(stored["blk.1.ssm_in.weight"], z_xBC_dt)
+    np.testing.assert_array_equal(stored["blk.1.ssm_in.weight"], p["in"])
     np.testing.assert_array_equal(stored["token_embd.weight"], params["embedding"])
     np.testing.assert_allclose(
         stored["blk.1.ssm_a"][:, 0], -np.exp(p["A_log"]), rtol=1e-6

@@ -199,17 +199,20 @@ def test_a_model_of_7b_with_8_groups_fits_a_v6e_slice():
 
 
 @pytest.mark.parametrize(("G", "n"), [(1, 8), (2, 8), (8, 8), (8, 2), (2, 1)])
-def test_every_row_of_xBC_has_its_device(G, n):
-    """Each x on one device, each B and C where its heads are, in the model's order."""
+def test_every_row_of_W_in_has_its_device(G, n):
+    """z, x, dt of a head on one device, B and C with them, in the model's order."""
     config = Mamba2Config.tiny(n_heads=8, n_groups=G)
     mesh = jax.sharding.AbstractMesh((1, 1, n), ("data", "seq", "model"))
     d, GN, N = config.d_inner, G * config.d_state, config.d_state
     for i in range(n):
-        (x0, x1), *groups = sharding._rows(config, mesh, "xBC", i)
-        heads = range(x0 // config.head_dim, x1 // config.head_dim)
+        (z0, z1), x, *groups, dt = sharding._rows(config, mesh, "in", i)
+        heads = range(z0 // config.head_dim, z1 // config.head_dim)
         assert len(heads) == 8 // n
+        assert x == (d + z0, d + z1)
+        start_dt = 2 * d + 2 * GN
+        assert dt == (start_dt + heads.start, start_dt + heads.stop)
         want = sorted({head * G // 8 for head in heads})
-        for (first, last), start_ in zip(groups, (d, d + GN), strict=True):
+        for (first, last), start_ in zip(groups, (2 * d, 2 * d + GN), strict=True):
             assert list(range((first - start_) // N, (last - start_) // N)) == want
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ssdlib import Mamba2Config, init_params, load, save
 from ssdlib.config_json import load_config, to_json
 from ssdlib.text import ByteTokenizer, load_tokenizer
-from ssdlib.weights import _layout
+from ssdlib.weights import _layout, _stored
 
 VARIANTS = {
     "default": {},
@@ -63,9 +63,8 @@ def test_the_stored_projection_is_z_x_B_C_dt(folder):
     """The order of the rows in the published layout."""
     params, config = load(folder)
     stored = load_file(folder / "model.safetensors")
-    parts = [params["layers"][1][name] for name in ("z", "xBC", "dt")]
     name = "backbone.layers.1.mixer.in_proj.weight"
-    np.testing.assert_array_equal(stored[name], np.concatenate(parts))
+    np.testing.assert_array_equal(stored[name], params["layers"][1]["in"])
     conv = stored["backbone.layers.1.mixer.conv1d.weight"]
     assert conv.shape == (config.d_xBC, 1, config.d_conv)
 
@@ -90,9 +89,7 @@ def test_a_sharded_checkpoint_loads(folder):
 def test_dtype_is_converted_but_decays_and_norms_stay_float32(folder):
     params, _ = load(folder, jnp.bfloat16)
     layer = params["layers"][0]
-    assert {layer[k].dtype for k in ("z", "xBC", "dt", "out", "conv")} == {
-        jnp.dtype(jnp.bfloat16)
-    }
+    assert {layer[k].dtype for k in ("in", "out", "conv")} == {jnp.dtype(jnp.bfloat16)}
     assert {layer[k].dtype for k in ("A_log", "D", "dt_bias", "norm")} == {
         jnp.dtype(jnp.float32)
     }
@@ -136,10 +133,10 @@ def test_the_original_layout_loads_from_a_pytorch_file(folder, dtype):
     for source in (folder, folder / "pytorch_model.bin"):
         params, loaded = load(source, jnp.dtype(dtype))
         assert loaded == config
-        z = params["layers"][1]["z"]
-        stored = tensors["backbone.layers.1.mixer.in_proj.weight"][: config.d_inner]
-        assert z.dtype == jnp.dtype(dtype)
-        np.testing.assert_array_equal(z.astype(jnp.float32), stored.float().numpy())
+        W = params["layers"][1]["in"]
+        stored = tensors["backbone.layers.1.mixer.in_proj.weight"]
+        assert W.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(W.astype(jnp.float32), stored.float().numpy())
 
 
 def test_a_pytorch_file_runs_no_code(folder, tmp_path):
@@ -218,7 +215,9 @@ def test_loading_130m_needs_at_most_1_6_times_the_file(tmp_path):
     if shutil.disk_usage(tmp_path).free < 2**31:
         pytest.skip("needs 2 GiB of disk")
     config = Mamba2Config.preset("130m")
-    tensors = {n: np.zeros(s, np.float32) for n, (s, _) in _layout(config).items()}
+    tensors = {
+        n: np.zeros(_stored(n, s), np.float32) for n, (_, s) in _layout(config).items()
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     code = """
@@ -337,8 +336,8 @@ def test_a_dtype_that_is_no_floating_point_is_named(folder):
 
 def test_saving_what_does_not_fit_the_config_is_refused(folder, tmp_path):
     params, config = load(folder)
-    del params["layers"][1]["z"]
-    with pytest.raises(ValueError, match=r"params: layers\[1\]\['z'\] has shape \(\)"):
+    del params["layers"][1]["in"]
+    with pytest.raises(ValueError, match=r"params: layers\[1\]\['in'\] has shape \(\)"):
         save(tmp_path / "new", params, config)
     with pytest.raises(ValueError, match="params: they hold more arrays"):
         save(tmp_path / "new", load(folder)[0] | {"more": np.ones(1)}, config)
