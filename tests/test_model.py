@@ -1,5 +1,6 @@
 """The language model and its cache."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ from ssdlib import (
     prefill,
     save,
 )
+from ssdlib.model import prefill_any
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -179,6 +181,18 @@ def test_the_cost_of_a_step_does_not_contain_the_chunk_size():
     assert small == large
     shapes = set(re.findall(r"\[([\d,]+)\]", text))
     assert {"3,61"} <= shapes and not any("251" in s.split(",") for s in shapes)
+
+
+@pytest.mark.parametrize("n", [1, T], ids=["a step", "many tokens"])
+def test_more_layers_are_traced_and_lowered_once(n):
+    products = []
+    for layers in (1, 5):
+        config = dataclasses.replace(CONFIG, n_layers=layers)
+        params = init_params(config, jax.random.key(0))
+        read = jax.jit(prefill_any, static_argnames="config")
+        lowered = read.lower(params, config, TOKENS[:, :n], init_cache(config, 3))
+        products.append(lowered.as_text().count("dot_general"))
+    assert products[0] == products[1] > 0
 
 
 @pytest.mark.parametrize("size", ["130m", "370m", "780m", "1.3b", "2.7b"])
