@@ -1,6 +1,6 @@
 """What the TPU's compiler expects of this library and of mamba2-jax 1.1.2.
 
-    pip install mamba2-jax==1.1.2 "ssdlib[tpu]"
+    pip install mamba2-jax==1.1.2 ".[tpu]"
     python benchmarks/estimates.py [--sizes 130m,2.7b] [--targets tpu-v6e,tpu-v5e] ...
 
 Compiles a decode step and a prefill of 1,024 tokens, batch 1, and writes what chapter
@@ -12,6 +12,7 @@ Without mamba2-jax its rows stay as they are.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -32,9 +33,10 @@ PATH = hlo.RECORDS / "estimates.json"
 KEY = "who", "what", "size", "target", "dtype"
 
 
-def ours(size: str, dtype: str):
+def ours(size: str, dtype: str, layers: int | None = None):
     """{"step": (fn, args), "prefill": (fn, args)}, as `mamba2_jax_hlo.programs`."""
     config = ssdlib.Mamba2Config.preset(size)
+    config = dataclasses.replace(config, n_layers=layers or config.n_layers)
     make = partial(ssdlib.init_params, config, dtype=jnp.dtype(dtype))
     params = jax.eval_shape(make, jax.random.key(0))
     cache = jax.eval_shape(lambda: ssdlib.init_cache(config, 1, jnp.dtype(dtype)))

@@ -1,6 +1,6 @@
 """Record what compilers make of mamba2-jax 1.1.2: a cached step, a prefill.
 
-    pip install mamba2-jax==1.1.2 "ssdlib[tpu]"
+    pip install mamba2-jax==1.1.2 ".[tpu]"
     python benchmarks/mamba2_jax_hlo.py [130m 370m ...]
 
 Writes book/results/hlo/mamba2_jax_{step,prefill}_SIZE@TARGET.json.gz, which chapters 07
@@ -21,14 +21,19 @@ from ssdlib.hlo import compile_for
 PREFILL = 1024
 
 
-def programs(size: str):
-    """{"step": (fn, args), "prefill": (fn, args)} for a published size."""
+def programs(size: str, layers: int | None = None):
+    """{"step": (fn, args), "prefill": (fn, args)} for a published size.
+
+    Or for as many layers of that size.
+    """
     import mamba2_jax
     from flax import nnx
 
     d_model, n_layers = PRESETS[size]
     config = mamba2_jax.Mamba2Config(
-        vocab_size=50288, hidden_size=d_model, num_hidden_layers=n_layers
+        vocab_size=50288,
+        hidden_size=d_model,
+        num_hidden_layers=layers or n_layers,
     )
     model = nnx.eval_shape(
         lambda: mamba2_jax.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))

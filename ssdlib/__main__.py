@@ -142,7 +142,10 @@ def add_bench(subparsers) -> None:
     p.add_argument("--lengths", default="128,...,4096", help="tokens; ... doubles")
     p.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     p.add_argument("--target", help="cpu, tpu-v6e, l40s, ...: an attached device")
-    p.add_argument("--out", help="folder of the record; default: that of the book")
+    p.add_argument(
+        "--out",
+        help="folder of the record; default: the book's in a checkout, else this one",
+    )
     p.set_defaults(run=commands.bench)
 
 

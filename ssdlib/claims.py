@@ -195,7 +195,7 @@ def _everywhere(evidence, name, bad, text):
 
 def _tokens(claim, evidence):
     equal = [case["greedy"] for case in evidence.cases()]
-    text = "{worst} in each of {n} models, against {reference}"
+    text = "{worst} with every model, {n} tried, against {reference}"
     steps = claim["numbers"]["steps"]
     return _parity(evidence, equal, min, text, lambda n: n >= steps, "chapter 05")
 

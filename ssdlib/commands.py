@@ -8,6 +8,12 @@ import sys
 import time
 
 
+def tell(what: str) -> None:
+    """Say on standard error what takes seconds, to one who waits at a terminal."""
+    if sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 def load_model(args) -> tuple:
     """(params, config, tokenizer) of the model that args name."""
     import jax
@@ -15,6 +21,7 @@ def load_model(args) -> tuple:
     from ssdlib import load
     from ssdlib.text import load_tokenizer
 
+    tell(f"loading {args.model}")
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
@@ -34,6 +41,7 @@ def generate(args) -> None:
         raise ValueError("prompt: it is empty; give at least one character")
     params, config, tokenizer = load_model(args)
     prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
+    tell(f"compiling for {jax.devices()[0].device_kind}")
     start = time.perf_counter()
     blocks = stream(
         params,

@@ -150,8 +150,7 @@ def _backbone(params, config, tokens, cache, lengths, rows=None):
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
             state = cache.conv[:, i], cache.h[i]
-            out, tail, h_i = _block(p, config, r, *state, lengths)
-            r = r + out.astype(r.dtype)
+            r, tail, h_i = _layer(p, config, r, *state, lengths)
         tails.append(tail)
         h.append(h_i)
     conv = move_on(cache.conv, tails)
@@ -160,8 +159,15 @@ def _backbone(params, config, tokens, cache, lengths, rows=None):
     return r, Cache(conv=conv, h=tuple(h))
 
 
+@partial(jax.jit, static_argnames="config")  # all layers share one trace; XLA inlines
+def _layer(p, config, r, conv, h, lengths):
+    """r + block(norm(r)) in float32: (residual, last inputs of conv, h)."""
+    out, tail, h = _block(p, config, r, conv, h, lengths)
+    return r + out.astype(r.dtype), tail, h
+
+
 def _block(p, config, r, conv, h, lengths):
-    """One block on r (b, T, d_model): (what r gains, last inputs of conv, h).
+    """One Mamba-2 mixer on norm(r): (output (b, T, d_model), last inputs of conv, h).
 
     r may have more rows than conv and h: the matrices multiply them too, nothing else.
     """

@@ -15,6 +15,7 @@ __all__ = ["CHUNK", "by_rows", "product", "ssd"]
 
 CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
 FEW_ROWS = 32  # of a product on a CPU
+PARTS = 4  # of a product of one row on a CPU
 
 
 def ssd(chunk_size, *args):
@@ -34,10 +35,10 @@ def by_rows(fn, b, dtype):
 
     A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
     vector unit (chapter 08). On a CPU, XLA widens a whole bfloat16 matrix to multiply
-    it by one row; by four rows it calls a kernel that does not. Zeros beside the real
+    it by one row; by two rows it calls a kernel that does not. Zeros beside the real
     rows are cheaper than either.
     """
-    least = {"tpu": 8} | ({"cpu": 4} if dtype == jnp.bfloat16 else {})
+    least = {"tpu": 8} | ({"cpu": 2} if dtype == jnp.bfloat16 else {})
     padded = {platform: partial(fn, n) for platform, n in least.items() if n > b}
     return jax.lax.platform_dependent(default=partial(fn, b), **padded)
 
@@ -48,7 +49,9 @@ def product(W, u, dtype):
     XLA on a CPU needs advice. In bfloat16, ask for sums in float32, or the whole
     matrix is widened first. In float32, a product of a few rows reads W in the order
     in which it is stored only if the rows lie side by side in the result; the barrier
-    keeps the transpose after it from being moved into the product.
+    keeps the transpose after it from being moved into the product. One row alone waits
+    for memory: W in parts, each for one thread from its first row to its last, is read
+    faster than W in the small blocks that the threads share otherwise.
     """
     rows = u.size // u.shape[-1]
 
@@ -58,6 +61,10 @@ def product(W, u, dtype):
     def on_cpu(W, u):
         if u.dtype == jnp.bfloat16:
             return plain(W, u, jnp.float32).astype(dtype)
+        if rows == 1 and len(W) % PARTS == 0:
+            W = W.reshape(PARTS, -1, W.shape[1])
+            y = jnp.einsum("pi,poi->po", jnp.broadcast_to(u.ravel(), W[:, 0].shape), W)
+            return y.reshape(*u.shape[:-1], -1)
         if not 1 < rows <= FEW_ROWS:
             return plain(W, u)
         y = jnp.einsum("ri,oi->or", u.reshape(rows, -1), W)

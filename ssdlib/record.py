@@ -171,8 +171,14 @@ def rounded(value):
 
 
 def writable(folder: str | Path | None = None) -> Path:
-    """The folder for records, made if need be: an OSError comes before the work."""
-    folder = RUNS if folder is None else Path(folder)
+    """The folder for records, made if need be: an OSError comes before the work.
+
+    None means that of the book in a checkout, else the current one: the records that
+    an installed package carries are not the user's to change.
+    """
+    if folder is None:
+        folder = RUNS if RECORDS == _ROOT / "book/results" else Path.cwd()
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"out: {folder} cannot be written to")

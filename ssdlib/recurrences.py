@@ -186,7 +186,7 @@ def mamba3(
         h_t = a_t h_{t-1} Θ_tᵀ + (1-λ_t) dt_t a_t U_{t-1} Θ_tᵀ + λ_t dt_t U_t,
         y_t = h_t C_t,    a_t = exp(dt_t A_t)
 
-    where Θ_t turns the first S pairs of channels by the S numbers `angle_t`. Turning
+    Here Θ_t turns the first S pairs of channels by the S numbers `angle_t`. Turning
     B and C back by all angles so far takes Θ out of the loop. Then g_t = h_t +
     (1-λ_{t+1}) dt_{t+1} U_t obeys the plain recurrence g_t = a_t g_{t-1} + (its factor
     of U_t) U_t, and y_t = g_t C_t - (1-λ_{t+1}) dt_{t+1} (B_t · C_t) x_t.

@@ -177,7 +177,9 @@ def tpu_slice(topology: str, accelerator: str = "v6e-1", **options) -> list:
     without libtpu.
     """
     if not _installed("libtpu"):
-        raise CompilerMissing('a TPU slice needs libtpu: pip install "ssdlib[tpu]"')
+        raise CompilerMissing(
+            'a TPU slice needs libtpu: pip install ".[tpu]" in a checkout of ssdlib'
+        )
     settings = dict(  # no query to the cloud's metadata server, no lock of a chip
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
@@ -200,7 +202,8 @@ def _device(target: str):
     except CompilerMissing:
         raise CompilerMissing(
             f"target: {target!r} needs a compiler that is not installed; on Linux "
-            f'x86-64, pip install "ssdlib[{spec.extra}]" brings it, without hardware'
+            f'x86-64, pip install ".[{spec.extra}]" in a checkout of ssdlib brings it, '
+            "without hardware"
         ) from None
 
 

@@ -275,6 +275,18 @@ def test_errors_come_before_the_work_in_one_line(capsys, monkeypatch, argv, mess
     assert captured.err.count("\n") == 1
 
 
+def test_an_installed_package_writes_to_the_current_folder(run, monkeypatch, tmp_path):
+    made, _, _ = run
+    assert record.writable() == record.RUNS == RECORDS / "runs"  # of the book
+    home = tmp_path / "site-packages/ssdlib"
+    monkeypatch.setattr(record, "RECORDS", home / "results")
+    monkeypatch.setattr(record, "RUNS", home / "results/runs")
+    monkeypatch.setattr(record, "_ROOT", home.parent)
+    monkeypatch.chdir(tmp_path)
+    assert record.save(made).parent == tmp_path
+    assert not home.exists()
+
+
 def test_what_is_only_compiled_is_not_measured(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_prepare", None)
     absent = next(

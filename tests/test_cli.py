@@ -48,6 +48,24 @@ def test_a_character_cut_in_two_waits_for_its_other_half(capsys, monkeypatch):
     assert out == "x☃!\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_waits_at_a_terminal_is_told_why_and_the_output_stays_text(
+    capsys, monkeypatch, terminal
+):
+    told = []
+
+    def at_once(*args, **kwargs):
+        told.extend(capsys.readouterr().err.splitlines())
+        return iter([[list(b"!")]])
+
+    monkeypatch.setattr("ssdlib.stream", at_once)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    _, out, err = run(capsys, "generate", "x")
+    assert [line.split()[0] for line in told] == ["loading", "compiling"] * terminal
+    assert out == "x!\n"
+    assert re.fullmatch(r"1 tokens; first 1 after [\d.]+ s on \S+\n", err)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

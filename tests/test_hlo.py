@@ -104,7 +104,7 @@ for path in sorted((hlo.RECORDS / "hlo").glob("*.json.gz")):
     )
     assert done.returncode == 0, done.stderr
     assert f"target: '{name}' needs a compiler" in done.stdout
-    assert f'pip install "ssdlib[{extra}]"' in done.stdout
+    assert f'pip install ".[{extra}]" in a checkout' in done.stdout
 
 
 def test_static_arguments_and_donated_ones_are_told_apart():

@@ -145,7 +145,8 @@ def options(name: str) -> list[str]:
             remark += f"; ``{action.default}`` if not given"
         word = action.option_strings[0] if action.option_strings else action.dest
         rows += [(f"``{word}``", remark, "")]
-    return [markup(parser.description), "", *table(rows)]
+    about = re.sub(r"--[\w-]+", r"`\g<0>`", parser.description)  # else a dash
+    return [markup(about), "", *table(rows)]
 
 
 class Command(SphinxDirective):
@@ -179,15 +180,16 @@ def signature(app, what, name, obj, options, args, result):
 
 
 def docstring(app, what, name, obj, options, lines):
-    """First paragraph, table, the rest."""
+    """First paragraph and a formula below it, table, the rest."""
     middle = []
     if is_record(obj):
         middle = fields(obj, lines)
     elif callable(obj):
         middle = arguments(obj)
-    lines[:] = paragraphs(lines)
     end = lines.index("") if "" in lines else len(lines)
-    lines[end:] = ["", *middle, *lines[end:]]
+    if lines[end + 1 :] and lines[end + 1].startswith("    "):
+        end = lines.index("", end + 1)
+    lines[:] = [*paragraphs(lines[:end]), "", *middle, *paragraphs(lines[end:])]
 
 
 def glossary(app, doctree):

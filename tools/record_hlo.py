@@ -3,7 +3,7 @@
     python tools/record_hlo.py [book/07_hlo.ipynb ...]
 
 Runs the chapters with SSDLIB_RECORD set, which makes `notebook.compiled` write what it
-compiles. Needs the compilers: pip install "ssdlib[tpu,cuda,book]". Takes minutes,
+compiles. Needs the compilers: pip install ".[tpu,cuda,book]". Takes minutes,
 since the records of the large models are compiled too. The one of mamba2-jax comes
 from benchmarks/mamba2_jax_hlo.py, because that package needs flax.
 """

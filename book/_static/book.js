@@ -21,6 +21,20 @@ document.addEventListener("DOMContentLoaded", () => {
     if (before) left.nodeValue = left.nodeValue.slice(0, -1);
     if (after) right.nodeValue = right.nodeValue.slice(after.length);
   });
+  // What a search finds is shown as plain text: a short formula stays, a long one is left
+  // out, and a word of the glossary keeps its distance from what explains it.
+  if (typeof Search !== "undefined") {
+    const plain = Search.htmlToText;
+    Search.htmlToText = (html, anchor) => {
+      const page = new DOMParser().parseFromString(html, "text/html");
+      page.querySelectorAll(".math").forEach((math) => {
+        const tex = math.textContent.replace(/^\\[([]|\\[)\]]$/g, "").trim();
+        math.replaceWith(/[\\{]/.test(tex) ? "…" : tex);
+      });
+      page.querySelectorAll("dt").forEach((word) => word.append(": "));
+      return plain(page.documentElement.outerHTML, anchor);
+    };
+  }
   // A box that scrolls can be reached by Tab, then scrolled with the arrow keys. The theme
   // sees to code and tables.
   const watch = new ResizeObserver((entries) => {

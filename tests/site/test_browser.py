@@ -145,6 +145,11 @@ def test_search_finds_semiseparable(desk, address):
     page.wait_for_selector("#search-results li a")
     links = page.query_selector_all("#search-results li a")
     assert any("02_duality" in a.get_attribute("href") for a in links)
+    page.wait_for_selector("#search-results .context")
+    page.wait_for_load_state("networkidle")  # each page found is read for its words
+    found = page.inner_text("#search-results")
+    assert "semiseparable: " in found  # of the glossary
+    assert "\\" not in found  # no TeX
     page.close()
 
 
