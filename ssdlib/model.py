@@ -194,8 +194,9 @@ def _project(p, config, r):
     """(z, x, B, C, dt) before the convolution, W_in norm(r) in its five parts.
 
     The norm divides each token by one number, so here it divides after the product:
-    on a GPU that is one kernel less. Many tokens are multiplied by each part of the
-    rows, as a slice of weights is free; slices of few results are.
+    on a GPU that is one kernel less. One token takes one product and cuts its results;
+    many take a product for each part, as cuts of weights cost less than those of many
+    results.
     """
     sizes = 2 * [config.d_inner] + 2 * [config.n_groups * config.d_state]
     ends = np.cumsum([*sizes, config.n_heads])
