@@ -49,8 +49,8 @@ def product(W, u, dtype):
     XLA on a CPU needs advice. In bfloat16, ask for sums in float32, or the whole
     matrix is widened first. In float32, a product of a few rows reads W in the order
     in which it is stored only if the rows lie side by side in the result; the barrier
-    keeps the transpose after it from being moved into the product. One row alone waits for
-    memory, and XLA reads W faster as a few products than as one.
+    keeps the transpose after it from being moved into the product. One row alone waits
+    for memory, and XLA reads W faster as a few products than as one.
     """
     rows = u.size // u.shape[-1]
 

@@ -8,8 +8,7 @@ Split by heads, the rows of W_in are a mixture: z, x and dt go by head, B and C 
 group. Here device i of `model` holds its own [z_i; x_i; B_i; C_i; dt_i] one below the
 other, and with them its channels of the convolution, so that no activation is moved to
 where its head is. With fewer groups than devices, a group's B and C are held and
-computed by each device that has heads of it. Names and the order of axes are those of
-`model`.
+computed by each device that has heads of it. Names and axes are those of `model`.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (arXiv
 1909.08053), section 3, for the split of the projections.
 """
