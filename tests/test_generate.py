@@ -22,7 +22,7 @@ from ssdlib import (
 from ssdlib.generate import Options, _generate_jit, bucket, sample
 
 CONFIG = Mamba2Config.tiny()
-PARAMS = init_params(CONFIG, jax.random.key(0))
+PARAMS = init_params(CONFIG, jax.random.key(3))
 PARAMS["embedding"] = 20 * PARAMS["embedding"]  # logits far enough apart to compare
 PROMPT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 11))
 KEY = jax.random.key(7)
