@@ -1,6 +1,6 @@
 """Seconds to lower and to compile our programs, and those of mamba2-jax 1.1.2.
 
-    pip install mamba2-jax==1.1.2 "ssdlib[tpu]"
+    pip install mamba2-jax==1.1.2 ".[tpu]"
     python benchmarks/compile_time.py [--size 2.7b] [--what step,prefill] ...
 
 Every program is made in a process of its own, ours and theirs in turn, for a TPU that

@@ -77,9 +77,7 @@ def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
     return replace(config, n_heads=H // n, n_groups=max(G // n, 1))
 
 
-def _rows(
-    config: Mamba2Config, mesh: AnyMesh, key: str, i: int
-) -> list[tuple[int, int]]:
+def _rows(config, mesh: AnyMesh, key: str, i: int) -> list[tuple[int, int]]:
     """The rows (columns of `out`) of a parameter that device i of `model` holds."""
     n, H, N, V = mesh.shape["model"], config.n_heads, config.d_state, config.vocab_size
     if key in ("embedding", "head"):
@@ -192,8 +190,8 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
 
     Those functions run on a mesh as they are: XLA sees where the arrays lie and adds
     what must be sent. With spread parameters `model` splits the work, with a spread
-    cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so x, B and C
-    straddle devices and more is sent than by `parallel`. What an axis does not divide
+    cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so z, x, B, C
+    and dt straddle devices and more is sent than by `parallel`. What an axis does not divide
     lies whole on every device. Raises ValueError for any other tree or mesh, and
     if `data` does not divide the batch.
     """
