@@ -190,9 +190,9 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
 
     Those functions run on a mesh as they are: XLA sees where the arrays lie and adds
     what must be sent. With spread parameters `model` splits the work, with a spread
-    cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so z, x, B, C
-    and dt straddle devices and more is sent than by `parallel`. What an axis does not divide
-    lies whole on every device. Raises ValueError for any other tree or mesh, and
+    cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so the parts of
+    W_in straddle devices and more is sent than by `parallel`. What an axis does not
+    divide lies whole on every device. Raises ValueError for any other tree or mesh, and
     if `data` does not divide the batch.
     """
     check_mesh(mesh)
