@@ -22,7 +22,7 @@ from statistics import median
 
 import jax
 import jax.numpy as jnp
-from estimates import ours
+from estimates import programs as ours
 from mamba2_jax_hlo import PREFILL
 from mamba2_jax_hlo import programs as theirs
 

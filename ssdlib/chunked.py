@@ -26,7 +26,7 @@ from ssdlib.recurrence import accumulator, check_ssd, zero_state
 
 __all__ = ["ssd_chunked"]
 
-AT_ONCE = 8, 512  # chunks, tokens: large products in memory that T does not change
+AT_ONCE = 8, 1024  # chunks, tokens: large products in memory that T does not change
 
 
 def ssd_chunked(
@@ -38,28 +38,31 @@ def ssd_chunked(
     D: Float[Array, "H"] | None = None,
     h0: Float[Array, "b H P N"] | None = None,
     chunk_size: int = 256,
+    spans: int = 1,
 ) -> tuple[Float[Array, "b T H P"], Float[Array, "b H P N"]]:
     """(y_c, h) = ssd_quadratic(x_c, dt_c, A, B_c, C_c, D, h) for chunk after chunk.
 
     Use it for training and prefill. Work is O(T Q) inside chunks plus O(T) for the
     states; memory is O(T) for the inputs cut in chunks, and O(Q²) per head for the few
-    chunks that are computed at once. The result does not depend on chunk_size. Any T
-    fits: the last chunk is filled up with tokens of dt = 0, which leave the state as it
-    is, exactly.
+    chunks that are computed at once, in one of at least `spans` steps of the scan. The
+    result depends on neither size. Any T fits: the last chunk is filled up with tokens
+    of dt = 0, which leave the state as it is, exactly.
 
     A is one number per head, as in Mamba-2, or one per token and head: then dt and A
     set the size of a write and the decay independently (see `recurrences`).
 
     Dtypes as in `ssd_quadratic`. Raises ValueError if a shape does not fit or
-    chunk_size is not an integer of at least 1. Returns (y, h_T). Source: arXiv
+    chunk_size or spans is not an integer of at least 1. Returns (y, h_T). Source: arXiv
     2405.21060, section 6.
     """
     check_ssd(h0, x, dt, A, B, C, D)
     check_size("chunk_size", chunk_size)
+    check_size("spans", spans)
     (b, T, H, P), G, dtype = x.shape, B.shape[2], accumulator(x)
     Q = min(chunk_size, T)
     most = max(1, min(AT_ONCE[0], AT_ONCE[1] // Q))
-    chunks = -(-T // (Q * -(-T // (Q * most))))  # a span; the last one is filled up
+    spans = max(spans, -(-T // (Q * most)))
+    chunks = -(-T // (Q * spans))  # a span; the last one is filled up
     cut = partial(_split_chunks, n=chunks, Q=Q)
     h0 = zero_state(x, B) if h0 is None else jnp.asarray(h0, dtype)
 

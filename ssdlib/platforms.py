@@ -14,20 +14,23 @@ from ssdlib.chunked import ssd_chunked
 __all__ = ["CHUNK", "by_rows", "product", "ssd"]
 
 CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
+SPANS = {"cpu": 2}  # least steps of its scan; XLA unrolls a loop of one
 FEW_ROWS = 32  # of a product on a CPU
 PARTS = 4  # of a product of one row on a CPU
 
 
 def ssd(chunk_size, *args):
-    """`ssd_chunked` with the chunk length that is fastest on the platform.
+    """`ssd_chunked` with the chunk length and spans that are fastest on the platform.
 
-    The result does not depend on it.
+    On a CPU a scan of one step is slow: XLA unrolls it, and then computes what makes
+    its inputs again in every kernel that reads them. The result depends on neither.
     """
 
-    def chunks(longest):
-        return partial(ssd_chunked, *args, chunk_size=min(longest, chunk_size))
+    def on(platform):
+        Q, spans = min(CHUNK[platform], chunk_size), SPANS.get(platform, 1)
+        return partial(ssd_chunked, *args, chunk_size=Q, spans=spans)
 
-    return jax.lax.platform_dependent(**{k: chunks(n) for k, n in CHUNK.items()})
+    return jax.lax.platform_dependent(**{k: on(k) for k in CHUNK})
 
 
 def by_rows(fn, b, dtype):

@@ -22,6 +22,7 @@ FORMS = {
     "chunked, Q=7": partial(ssd_chunked, chunk_size=7),
     "chunked, Q=T": partial(ssd_chunked, chunk_size=29),
     "chunked, Q>T": partial(ssd_chunked, chunk_size=64),
+    "chunked, 3 spans": partial(ssd_chunked, chunk_size=4, spans=3),
 }
 GROUPS = {"G=1": (4, 1), "1<G<H": (4, 2), "G=H": (4, 4), "H=1": (1, 1)}
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -80,12 +81,13 @@ def test_float32_error_does_not_grow_with_length(T):
 @given(
     T=st.integers(1, 40),
     Q=st.integers(1, 48),
+    spans=st.integers(1, 9),
     seed=st.integers(0, 2**16),
     regime=st.sampled_from(list(REGIMES)),
 )
-def test_chunked_equals_recurrent_for_every_chunk_size(T, Q, seed, regime):
+def test_chunked_equals_recurrent_for_every_size(T, Q, spans, seed, regime):
     inputs = ssd_inputs(T, seed=seed, regime=regime)
-    ours, theirs = ssd_chunked(*inputs, chunk_size=Q), ssd_recurrent(*inputs)
+    ours, theirs = ssd_chunked(*inputs, Q, spans), ssd_recurrent(*inputs)
     for a, b in zip(ours, theirs, strict=True):
         assert oracle.error(a, b) <= 4e-6
 
