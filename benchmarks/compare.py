@@ -1,6 +1,6 @@
 r"""Time this library and its peers on the same weights, prompt and threads of a CPU.
 
-    CMAKE_ARGS=-DGGML_NATIVE=ON pip install mamba2-jax==1.1.2 transformers==5.23.0 \
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install . mamba2-jax==1.1.2 transformers==5.23.0 \
         torch==2.13.0 llama-cpp-python==0.3.36 gguf==0.19.0 "mlx[cpu]" mlx-lm
     python benchmarks/compare.py [--peers llama.cpp] [--what limits,own] ...
 
