@@ -107,6 +107,25 @@ def test_a_row_without_a_record_is_left_out(tmp_path):
     assert list(readme.measured(tmp_path)) == []
 
 
+def test_the_newest_record_with_several_others_is_the_row_about_them(tmp_path):
+    assert list(readme.compared(tmp_path)) == []
+
+    def pair(other, what, median):
+        ratio = {"median": median, "lowest": 0.1, "highest": 9.0}
+        return dict(what=what, a="ours float32", b=f"{other} float32", ratio=ratio)
+
+    many = [pair(*v) for v in (("X", "decode", 0.5), ("Y", "decode", 2.0))]
+    many += [pair("X", "prefill", 0.25)]
+    facts = dict(size="130m", prompt=8, threads=2, date="2026-01-02T03:04:05Z")
+    facts["device"] = {"host": "Z"}
+    for name, pairs in (("cpu-a", many[:1]), ("cpu-b", many), ("cpu-c", many[:1])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts | {"pairs": pairs}))
+    ((what, result, source),) = readme.compared(tmp_path)
+    assert "130m, float32, batch 1, 2 threads of Z (2026-01-02)" in what
+    assert result == "decode: X 0.50, Y 2.00; prefill of 8 tokens: X 0.25"
+    assert source == "`book/results/compare/cpu-b.json`"
+
+
 def test_a_record_of_a_run_becomes_a_row_and_the_newest_counts(tmp_path):
     old = record("2025-12-31T00:00:00Z", rows=[row("decode", 128)], speedups=[])
     (tmp_path / "a.json").write_text(json.dumps(old))

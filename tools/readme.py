@@ -19,6 +19,7 @@ from ssdlib import hlo, notebook
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RUNS = ROOT / "book/results/runs"
+COMPARED = ROOT / "book/results/compare"
 INKS = {"light": "#1f2328", "dark": "#e6edf3"}  # text on GitHub's two backgrounds
 CHIPS = {"cpu": "CPU", "l40s": "L40S", "tpu-v6e": "TPU v6e"}
 PRESETS = ("130m", "370m", "780m", "1.3b", "2.7b")
@@ -28,7 +29,7 @@ ENDS = PRESETS[0], PRESETS[-1]
 def table(runs: Path = RUNS) -> str:
     """The table of results; measurements are those of a folder."""
     lines = ["| What | Result | Record |", "|---|---|---|"]
-    rows = [*compiled(), *measured(runs), *trained()]
+    rows = [*compiled(), *measured(runs), *compared(), *trained()]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
@@ -110,6 +111,34 @@ def result(record: dict) -> str:
             f"{best['ratio']['median']:.3g} times"
         ]
     return "; ".join(parts)
+
+
+def compared(folder: Path = COMPARED):
+    """The row about other programs: the newest record that has more than one."""
+    for path in sorted(folder.glob("cpu-*.json"), reverse=True):
+        record = json.loads(path.read_text())
+        pairs = [p for p in record["pairs"] if p["a"] == "ours float32"]
+        others = [p for p in pairs if p["b"].endswith(" float32")]
+        if len({p["b"] for p in others}) > 1:
+            break
+    else:
+        return
+    parts = {
+        what: ", ".join(
+            f"{p['b'].removesuffix(' float32')} {p['ratio']['median']:.2f}"
+            for p in others
+            if p["what"] == what
+        )
+        for what in ("decode", "prefill")
+    }
+    what = (
+        f"Our time over that of others, {record['size']}, float32, batch 1, "
+        f"{record['threads']} threads of {record['device']['host']} "
+        f"({record['date'][:10]})"
+    )
+    of = f"prefill of {record['prompt']} tokens"
+    text = f"decode: {parts['decode']}; {of}: {parts['prefill']}"
+    yield what, text, f"`book/results/compare/{path.name}`"
 
 
 def trained():
