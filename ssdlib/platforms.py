@@ -14,7 +14,7 @@ from ssdlib.chunked import ssd_chunked
 __all__ = ["CHUNK", "by_rows", "product", "ssd"]
 
 CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
-SPANS = {"cpu": 2}  # least steps of its scan; XLA unrolls a loop of one
+SPANS = {"cpu": 2}  # least steps of its scan; XLA removes a loop of one
 FEW_ROWS = 32  # of a product on a CPU
 PARTS = 4  # of a product of one row on a CPU
 
@@ -22,8 +22,8 @@ PARTS = 4  # of a product of one row on a CPU
 def ssd(chunk_size, *args):
     """`ssd_chunked` with the chunk length and spans that are fastest on the platform.
 
-    On a CPU a scan of one step is slow: XLA unrolls it, and then computes what makes
-    its inputs again in every kernel that reads them. The result depends on neither.
+    On a CPU a scan of one step is slow: XLA removes it, and then computes its inputs
+    again in every kernel that reads them. The result depends on neither.
     """
 
     def on(platform):

@@ -116,8 +116,8 @@ def test_the_newest_record_with_several_others_is_the_row_about_them(tmp_path):
 
     many = [pair(*v) for v in (("X", "decode", 0.5), ("Y", "decode", 2.0))]
     many += [pair("X", "prefill", 0.25)]
-    facts = dict(size="130m", prompt=8, threads=2, date="2026-01-02T03:04:05Z")
-    facts["device"] = {"host": "Z"}
+    facts = dict(size="130m", batch=1, prompt=8, threads=2)
+    facts |= {"date": "2026-01-02T03:04:05Z", "device": {"host": "Z"}}
     for name, pairs in (("cpu-a", many[:1]), ("cpu-b", many), ("cpu-c", many[:1])):
         (tmp_path / f"{name}.json").write_text(json.dumps(facts | {"pairs": pairs}))
     ((what, result, source),) = readme.compared(tmp_path)

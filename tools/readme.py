@@ -132,8 +132,8 @@ def compared(folder: Path = COMPARED):
         for what in ("decode", "prefill")
     }
     what = (
-        f"Our time over that of others, {record['size']}, float32, batch 1, "
-        f"{record['threads']} threads of {record['device']['host']} "
+        f"Our time over that of others, {record['size']}, float32, batch "
+        f"{record['batch']}, {record['threads']} threads of {record['device']['host']} "
         f"({record['date'][:10]})"
     )
     of = f"prefill of {record['prompt']} tokens"
