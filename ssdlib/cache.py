@@ -50,13 +50,18 @@ def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cach
     check_is("config", config, Mamba2Config)
     check_size("batch_size", batch_size)
     dtype = floating(dtype)
-    conv = (batch_size, config.n_layers, config.d_conv - 1, config.d_xBC)
-    h = (batch_size, config.n_heads, config.head_dim, config.d_state)
+    conv, h = _shapes(config, batch_size)
     h_dtype = accumulator(jnp.empty(0, dtype))
     return Cache(
         conv=jnp.zeros(conv, dtype),
         h=tuple(jnp.zeros(h, h_dtype) for _ in range(config.n_layers)),
     )
+
+
+def _shapes(config, b) -> tuple[tuple, tuple]:
+    """Of conv, and of h in one layer."""
+    conv = (b, config.n_layers, config.d_conv - 1, config.d_xBC)
+    return conv, (b, config.n_heads, config.head_dim, config.d_state)
 
 
 def move_on(conv, tails):
@@ -68,10 +73,9 @@ def move_on(conv, tails):
 def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
     """Raise ValueError unless the cache belongs to this model and batch size."""
     check_is("cache", cache, Cache)
-    want = jax.eval_shape(lambda: init_cache(config, batch_size))
-    got, want = (
-        (jnp.shape(c.conv), [jnp.shape(h) for h in c.h]) for c in (cache, want)
-    )
+    got = jnp.shape(cache.conv), [jnp.shape(h) for h in cache.h]
+    conv, h = _shapes(config, batch_size)
+    want = conv, [h] * config.n_layers
     if got != want:
         at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
         raise ValueError(

@@ -22,7 +22,7 @@ from ssdlib.quadratic import (
     split_state,
     whole_decay,
 )
-from ssdlib.recurrence import accumulator, check_ssd, zero_state
+from ssdlib.recurrence import accumulator, check_ssd, log_decay, zero_state
 
 __all__ = ["ssd_chunked"]
 
@@ -49,7 +49,9 @@ def ssd_chunked(
     of dt = 0, which leave the state as it is, exactly.
 
     A is one number per head, as in Mamba-2, or one per token and head: then dt and A
-    set the size of a write and the decay independently (see `recurrences`).
+    set the size of a write and the decay independently (see `recurrences`). A = -inf at
+    the first token of a document resets the state there, so that one row may hold
+    several documents and each is computed as if it were alone.
 
     Dtypes as in `ssd_quadratic`. Raises ValueError if a shape does not fit or
     chunk_size or spans is not an integer of at least 1. Returns (y, h_T). Source: arXiv
@@ -84,7 +86,7 @@ def ssd_chunked(
         return h, y.astype(x.dtype)
 
     dt, A = jnp.asarray(dt, dtype), jnp.asarray(A, dtype)
-    decays = Decays.of(cut(dt * jnp.broadcast_to(A, dt.shape)))
+    decays = Decays.of(cut(log_decay(dt, A)))
     inputs = cut(x), cut(dt), decays, cut(B), cut(C)
     h, y = jax.lax.scan(span, split_state(h0, G), inputs)
     return jnp.moveaxis(y, 0, 1).reshape(b, -1, H, P)[:, :T], merge_state(h)

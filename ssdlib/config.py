@@ -65,6 +65,9 @@ class Mamba2Config:
             )
         if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps: {self.norm_eps!r}; it must be between 0 and 1")
+        # Numbers of Python: an array has no hash.
+        object.__setattr__(self, "norm_eps", float(self.norm_eps))
+        object.__setattr__(self, "time_step_limit", tuple(map(float, limit)))
 
     @property
     def d_inner(self) -> int:

@@ -9,7 +9,7 @@ buffers: nothing grows, nothing is recompiled, and nothing visits the host.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,17 +65,20 @@ def generate(
 ) -> Generation:
     """Continue every row of the prompt by up to max_new_tokens tokens.
 
-    temperature 0 takes the most probable token; above 0 it samples with `key`, from
+    temperature 0 takes the most probable token, as does one that is 0 in float32 or
+    nearly so; above it samples with `key`, from
     the top_k most probable tokens if given, and of those from the smallest set that
     holds probability top_p if given. `lengths` marks right-padded rows. With `eos_id`
     a row ends at that token, and the loop stops once all rows ended. A `cache` from an
     earlier call goes on from there, without reading the past again; it stays valid.
 
-    Compiled once for each batch size, bucket of T, bucket of max_new_tokens and kind
-    of sampling. Buckets are 16, 24, 32, 48, 64, 96 ..., two an octave: 25 of them cover
-    all prompts up to 65,536 tokens. Token i is drawn with `jax.random.fold_in(key, i)`.
+    Compiled once for each batch size, bucket of T, bucket of max_new_tokens and choice
+    of limits. Buckets are 16, 24, 32, 48, 64, 96 ..., two an octave: 25
+    of them cover all prompts up to 65,536 tokens. Token i is drawn with
+    `jax.random.fold_in(key, i)`.
 
     Raises ValueError for shapes, dtypes or values out of range, naming the argument.
+    Where weights or cache hold NaN, all logits are NaN, and the tokens are 0.
     """
     limits = temperature, top_k, top_p, eos_id, key
     options = _check(params, config, prompt, max_new_tokens, lengths, *limits)
@@ -141,7 +144,7 @@ class Options:
     top_p: Any = None
     eos_id: Any = None
     key: Any = None
-    top_k: int | None = field(default=None, metadata={"static": True})
+    top_k: Any = None
 
 
 class State(NamedTuple):
@@ -222,14 +225,15 @@ def sample(
     logits: Float[Array, "b V"],
     key: Array | None = None,
     temperature: Float[Array, ""] | None = None,
-    top_k: int | None = None,
+    top_k: Int[Array, ""] | int | None = None,
     top_p: Float[Array, ""] | None = None,
 ) -> Int[Array, "b"]:
     """One token per row: argmax without a temperature, else a draw, on the device.
 
     top_k keeps the k most probable tokens; top_p then keeps the smallest set of them
     whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751, section
-    3.1). Without either, no sort is made.
+    3.1). Of equally probable tokens the first come first. Nothing is sorted: see
+    `_keep`.
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -237,13 +241,38 @@ def sample(
     logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # no overflow
     if top_k is None and top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)
-    logits, ids = jax.lax.top_k(logits, top_k or logits.shape[-1])
+    if top_k is not None:
+        logits = _keep(logits, jnp.ones_like(logits), top_k)
     if top_p is not None:
         p = jax.nn.softmax(logits)
-        before = jnp.cumsum(p, axis=-1) - p
-        logits = jnp.where(before < top_p, logits, -jnp.inf)
-    choice = jax.random.categorical(key, logits)[:, None]
-    return jnp.take_along_axis(ids, choice, axis=-1)[:, 0].astype(jnp.int32)
+        logits = _keep(logits, p, jnp.where(top_p < 1, top_p, jnp.inf))
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _keep(logits, weights, enough):
+    """-inf for all but the largest logits, as few as hold `enough` of the weights.
+
+    The threshold is the largest one at which those above it hold too little, and it is
+    found bit by bit: 32 passes over a row, where a sort of it takes ten times as long.
+    Logits here are at most 0, and positive floats are ordered as their bits are: the
+    smaller these integers, the more probable the token.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)
+    enough = jnp.broadcast_to(jnp.asarray(enough, weights.dtype), logits.shape[:1])
+
+    def held(kept):
+        return jnp.where(kept, weights, 0).sum(-1)
+
+    def halve(i, least):  # the largest bits below which there is too little
+        next_ = least + jnp.left_shift(jnp.int32(1), 30 - i)
+        return jnp.where(held(bits < next_[:, None]) < enough, next_, least)
+
+    edge = jax.lax.fori_loop(0, 31, halve, jnp.zeros(len(logits), jnp.int32))
+    above, equal = bits < edge[:, None], bits == edge[:, None]
+    before = jnp.cumsum(jnp.where(equal, weights, 0), axis=-1)
+    before = before - jnp.where(equal, weights, 0)  # of tokens of one weight
+    needed = before + held(above)[:, None] < enough[:, None]
+    return jnp.where(above | (equal & needed), logits, -jnp.inf)
 
 
 def bucket(size: int) -> int:
@@ -267,14 +296,14 @@ def _check(params, config, prompt, n, lengths, temperature, top_k, top_p, eos_id
     if top_k is not None:
         check_integers("top_k", top_k, ())
         check_range("top_k", top_k, 1, config.vocab_size)
-        top_k = int(top_k)  # it shapes the program
+        top_k = jnp.int32(top_k)
     if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p: {told(top_p)}; it must be above 0 and at most 1")
     if eos_id is not None:
         check_integers("eos_id", eos_id, ())
         check_range("eos_id", eos_id, 0, config.vocab_size - 1)
         eos_id = jnp.int32(eos_id)
-    if temperature == 0:
+    if np.float32(temperature) < np.finfo(np.float32).tiny:  # the limit of small ones
         return Options(eos_id=eos_id)
     if key is None:
         raise ValueError("key: None; sampling (temperature > 0) needs a jax.random.key")

@@ -97,7 +97,42 @@ def trip_count(module: Module, computation: Computation, loop: Instruction):
     while start.opcode in ("tuple", "copy"):
         name = start.operands[index if start.opcode == "tuple" else 0]
         start = computation.instructions[name]
-    return limits[0] - int(start.literal) if start.opcode == "constant" else None
+    body = module.computations[loop.called("body")[0]]
+    if start.opcode != "constant" or body.root.opcode != "tuple":
+        return None
+    after = body.instructions[body.root.operands[index]]
+    if _sum(module, body, after, index) != (1, 1):
+        return None
+    return max(0, limits[0] - int(start.literal))
+
+
+def _sum(module, at, i, index, arguments=()):
+    """(m, n) where a value of a loop's body is m counter + n; None for any other."""
+
+    def of(name):
+        return _sum(module, at, at.instructions[name], index, arguments)
+
+    if i.opcode == "constant":
+        return (0, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
+    if i.opcode == "get-tuple-element":
+        whole = at.instructions[i.operands[0]].opcode == "parameter" and not arguments
+        return (1, 0) if whole and f"index={index}" in _words(i.attributes) else None
+    if i.opcode == "parameter" and arguments:
+        return arguments[int(i.literal)]
+    if i.opcode in ("copy", "bitcast"):
+        return of(i.operands[0])
+    if i.opcode == "add":
+        a, b = map(of, i.operands)
+        return (a[0] + b[0], a[1] + b[1]) if a and b else None
+    if i.opcode == "fusion":
+        called = module.computations[i.called("calls")[0]]
+        values = tuple(map(of, i.operands))
+        return _sum(module, called, called.root, index, values)
+    return None
+
+
+def _words(attributes: str) -> list[str]:
+    return re.findall(r"[\w=]+", attributes)
 
 
 # --- work of one instruction ---------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ssdlib._checks import check_is
 
-__all__ = ["fetch", "read_json", "resolve"]
+__all__ = ["fetch", "read_json", "resolve", "weight_files"]
 
 TINY = Path(__file__).parent / "tiny"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +44,14 @@ def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list
         if not file.exists():
             raise FileNotFoundError(f"{folder.name}: no {file.name}")
     return folder, files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights in safetensors of a folder, and the index that comes first."""
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    return [
+        p for p in (folder / INDEX, folder / "model.safetensors", *shards) if p.exists()
+    ]
 
 
 def fetch(source: str | Path, patterns: list[str], revision: str | None = None) -> Path:

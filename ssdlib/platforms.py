@@ -49,7 +49,7 @@ def by_rows(fn, b, dtype):
 def product(W, u, dtype):
     """W u over the last axis of u, with W stored as (outputs, inputs).
 
-    XLA on a CPU needs advice. In bfloat16, ask for sums in float32, or the whole
+    XLA on a CPU needs advice. In 16 bits, ask for sums in float32, or the whole
     matrix is widened first. In float32, a product of a few rows reads W in the order
     in which it is stored only if the rows lie side by side in the result; the barrier
     keeps the transpose after it from being moved into the product. One row alone waits
@@ -61,7 +61,7 @@ def product(W, u, dtype):
         return jnp.einsum("...i,oi->...o", u, W, preferred_element_type=sums)
 
     def on_cpu(W, u):
-        if u.dtype == jnp.bfloat16:
+        if u.dtype.itemsize == 2:
             return plain(W, u, jnp.float32).astype(dtype)
         if rows == 1 and len(W) % PARTS == 0:
             W = W.reshape(PARTS, -1, W.shape[1])

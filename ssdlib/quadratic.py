@@ -13,9 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssdlib._checks import check_floats
-from ssdlib.recurrence import check_ssd, merge_heads, split_heads, to_accumulator
+from ssdlib.recurrence import (
+    accumulator,
+    check_ssd,
+    log_decay,
+    merge_heads,
+    split_heads,
+    to_accumulator,
+)
 
 __all__ = ["decay_mask", "segsum", "ssd_quadratic"]
+
+RESET = -1024.0  # its exp is 0 in every dtype: nothing is left of the past
 
 
 def segsum(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
@@ -29,12 +38,26 @@ def segsum(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
     T 2⁻⁴⁸ Σ|log_a|, for two subtractions an entry. Source of the split: Rump, Ogita
     and Oishi 2008, "Accurate floating-point summation part I", section 3.
 
+    Entries of at most -1024, whose exp is 0 in every dtype, are cut there, and what was
+    cut is summed apart: so sums beside them are as exact as without them. -inf, and
+    what is near the lowest float, make -inf of the sums over it. Either, at the first
+    token of a document, keeps it from all documents before.
+
     O(T²) time and memory. Gradients flow as through the plain sums, and none through
-    the diagonal, which is the constant 0. Raises ValueError if log_a is not floating
-    point.
+    the diagonal, which is the constant 0. Arithmetic is float32 (float64 if log_a is).
+    Raises ValueError if log_a is not floating point.
     """
     check_floats("log_a", log_a)
-    return _differences(*_exact_sums(log_a))
+    log_a = jnp.asarray(log_a)
+    sums = log_a.astype(accumulator(log_a))
+    infinite = sums < jnp.finfo(sums.dtype).min / 2**20
+    cut = jnp.maximum(sums, RESET)
+    rest = jnp.where(infinite, 0, jnp.minimum(sums - cut, 0))
+    S = _differences(*_exact_sums(cut))
+    S = S + jnp.where(jnp.isneginf(S), 0, _differences(*_exact_sums(rest)))
+    resets = jnp.cumsum(infinite, axis=-1, dtype=jnp.int32)
+    joined = resets[..., :, None] == resets[..., None, :]
+    return jnp.where(joined, S, -jnp.inf).astype(log_a.dtype)
 
 
 def decay_mask(log_a: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
@@ -65,7 +88,7 @@ def ssd_quadratic(
     check_ssd(h0, x, dt, A, B, C, D)
     G, dtype = B.shape[-2], jnp.result_type(x)
     x, dt, A, B, C = to_accumulator(x, dt, A, B, C)
-    decays = Decays.of(dt * jnp.broadcast_to(A, dt.shape))
+    decays = Decays.of(log_decay(dt, A))
     y, h = dual(x, dt, decays, B, C)
     if h0 is not None:
         h0 = split_state(jnp.asarray(h0, h.dtype), G)
@@ -100,9 +123,10 @@ class Decays(NamedTuple):
     def of(cls, log_a: Float[Array, "*batch T H"]) -> "Decays":
         """Sums along the last axis: a TPU's compiler takes seconds for others.
 
-        Logarithms of one sign are summed: that cancels nothing, and no gradient does.
+        Logarithms of one sign are summed, so nothing cancels in them or in their
+        gradients. One below `RESET` is taken as that: its exp is 0 as well.
         """
-        log_a = jnp.swapaxes(log_a, -1, -2)
+        log_a = jnp.maximum(jnp.swapaxes(log_a, -1, -2), RESET)
         hi, lo = _exact_sums(log_a)
         later = jnp.concatenate([log_a[..., 1:], jnp.zeros_like(log_a[..., :1])], -1)
         later = jax.lax.cumsum(later, axis=log_a.ndim - 1, reverse=True)

@@ -42,7 +42,7 @@ def ssd_step(
     R = x_t.shape[1] // B_t.shape[1]  # heads of a group
     x, dt, A, B, C, h = to_accumulator(x_t, dt_t, A, B_t, C_t, h)
     B, C = (jnp.repeat(v, R, axis=1) for v in (B, C))
-    a = jnp.exp(dt * jnp.broadcast_to(A, dt.shape))
+    a = jnp.exp(log_decay(dt, A))
 
     h = a[..., None, None] * h + jnp.einsum("bhp,bhn->bhpn", dt[..., None] * x, B)
     y = jnp.einsum("bhpn,bhn->bhp", h, C)
@@ -92,6 +92,17 @@ def accumulator(x: Array) -> jnp.dtype:
 def to_accumulator(*arrays: Array) -> tuple[Array, ...]:
     """Cast all arrays to the accumulator dtype of the first."""
     return tuple(jnp.asarray(v, accumulator(arrays[0])) for v in arrays)
+
+
+def log_decay(dt: Array, A: Array) -> Array:
+    """log a = dt A. With an A for each token, -inf there resets the state.
+
+    Such an A is kept finite, since 0 times infinity is no number, neither where a
+    padded token has dt = 0 nor in the gradient of dt.
+    """
+    if A.ndim > 1:
+        A = jnp.maximum(A, jnp.finfo(A.dtype).min)
+    return dt * jnp.broadcast_to(A, dt.shape)
 
 
 def split_heads(v: Array, G: int, axis: int) -> Array:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ssdlib._checks import check_is, floating
 from ssdlib.config import Mamba2Config
 from ssdlib.config_json import load_config, to_json
-from ssdlib.hub import resolve
+from ssdlib.hub import resolve, weight_files
 from ssdlib.params import Params, check_params
 from ssdlib.tensor_files import headers
 
@@ -50,7 +50,7 @@ def load(
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
-    dtype = floating(dtype)
+    dtype = _available(dtype)
     config, stored, want = _open(source, revision)
     return _read(config, stored, want, dtype), config
 
@@ -64,7 +64,7 @@ def open_slices(
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
     """
-    dtype = floating(dtype)
+    dtype = _available(dtype)
     config, stored, want = _open(source, revision)
     out = {}
     for name, (place, shape) in want.items():
@@ -76,6 +76,14 @@ def open_slices(
         part = partial(_read_part, file, name, read, copy and copy[2], kind)
         out[place] = jax.ShapeDtypeStruct(shape, kind), part
     return config, out
+
+
+def _available(dtype) -> jnp.dtype:
+    """The dtype, which JAX must have: it makes float32 of float64 unless told."""
+    dtype = floating(dtype)
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("dtype: float64; set jax_enable_x64 first, or take float32")
+    return dtype
 
 
 def _open(source, revision):
@@ -142,8 +150,10 @@ def _convert(file, name, values, dtype) -> np.ndarray:
 def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
     """Write config.json and model.safetensors; `transformers` and `load` read them.
 
-    Raises ValueError for parameters that are not those of this config. transformers
-    itself wants `d_inner` to be a whole multiple of `d_model`.
+    Weight files of an earlier model in this folder are removed, so that none of them
+    is ever read with this config. Raises ValueError, before anything is written, for
+    parameters that are not those of this config, not floating point or not finite.
+    transformers itself wants `d_inner` to be a whole multiple of `d_model`.
     """
     check_is("folder", folder, str, os.PathLike)
     check_is("config", config, Mamba2Config)
@@ -157,13 +167,23 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
                 f"params: {where} has shape {np.shape(value)}; config asks for {shape}"
             )
         value = np.asarray(value).reshape(_stored(name, shape))
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"params: {name} is {value.dtype}; it must be floating point"
+            )
+        if not np.isfinite(value).all():
+            raise ValueError(f"params: {name} has values that are not finite")
         tensors[name] = np.ascontiguousarray(value)
     if len(jax.tree.leaves(params)) != len(tensors):
         raise ValueError("params: they hold more arrays than config asks for")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    new = folder / "model.safetensors.new"
+    save_file(tensors, new, metadata={"format": "pt"})
+    for old in weight_files(folder):  # an index and its shards would be read first
+        old.unlink()
     (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+    new.rename(folder / "model.safetensors")
 
 
 # --- names and shapes -----------------------------------------------------------------

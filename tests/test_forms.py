@@ -1,5 +1,6 @@
 """One map, three programs: each form against the float64 oracle and the others."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -260,3 +261,112 @@ def test_empty_sequences_integer_inputs_and_empty_chunks_are_named():
         ssd_chunked(x, dt, A, B, C, chunk_size=0)
     with pytest.raises(ValueError, match="x_t: shape"):
         ssd_step(h0, x, dt, A, B, C, D)
+
+
+# --- exact resets ---------------------------------------------------------------------
+
+RESETS = {"-inf": -np.inf, "-1e12": -1e12, "lowest": float(np.finfo(np.float32).min)}
+
+
+def with_resets(value):
+    """Inputs with A per token: ordinary decays, and a reset at a few tokens."""
+    x, dt, _, B, C, D, h0 = ssd_inputs(29)
+    rng = np.random.default_rng(1)
+    log_a = -np.exp(rng.uniform(np.log(1e-3), np.log(2.0), dt.shape))
+    log_a[:, [5, 6, 17]] = value
+    log_a[0, 0] = value
+    one = jnp.ones_like(dt)
+    return x, one, jnp.asarray(log_a, jnp.float32), B, C, D, h0
+
+
+def oracle_of_tokens(x, dt, log_a, B, C, D, h0):
+    """The loop of the oracle, with a decay of its own at every token."""
+    ys, h = [], np.asarray(h0, np.float64)
+    log_a = np.asarray(log_a, np.float64)
+    for t in range(x.shape[1]):
+        a = np.exp(log_a[:, t])
+        cut = [np.asarray(v, np.float64)[:, t : t + 1] for v in (x, dt, B, C)]
+        # The oracle decays the state by exp(0): the decay is applied before.
+        y, h = oracle.ssd(
+            cut[0], cut[1], np.zeros(x.shape[2]), *cut[2:], D, h * a[..., None, None]
+        )
+        ys.append(y)
+    return np.concatenate(ys, axis=1), h
+
+
+@each_form
+@pytest.mark.parametrize("value", RESETS.values(), ids=RESETS.keys())
+def test_an_infinite_decay_resets_the_state_exactly(form, value):
+    inputs = with_resets(value)
+    for ours, theirs in zip(form(*inputs), oracle_of_tokens(*inputs), strict=True):
+        assert oracle.error(ours, theirs) <= 2e-6
+
+
+@each_form
+def test_one_huge_step_resets_the_state_exactly(form):
+    x, dt, A, B, C, D, h0 = ssd_inputs(29)
+    dt = dt.at[:, 9].set(1e30)
+    x = x.at[:, 9].set(0)  # what it would write is 1e30 times x
+    for ours, theirs in zip(
+        form(x, dt, A, B, C, D, h0), oracle.ssd(x, dt, A, B, C, D, h0), strict=True
+    ):
+        assert oracle.error(ours, theirs) <= 2e-6
+
+
+@each_form
+@pytest.mark.parametrize("value", RESETS.values(), ids=RESETS.keys())
+def test_gradients_through_a_reset_are_finite_and_those_of_the_recurrence(form, value):
+    x, dt, A, B, C, D, h0 = with_resets(value)
+
+    def loss(form, x, dt, A, B, C, h0):
+        y, h = form(x, dt, A, B, C, D, h0)
+        return (y**2).sum() + (h**2).sum()
+
+    def grads(form):
+        return jax.grad(partial(loss, form), argnums=tuple(range(6)))(
+            x, dt, A, B, C, h0
+        )
+
+    for ours, theirs in zip(grads(form), grads(ssd_recurrent), strict=True):
+        assert np.isfinite(ours).all()
+        assert oracle.error(ours, theirs) <= 1e-5
+
+
+@each_form
+def test_documents_in_one_row_are_computed_as_if_each_were_alone(form):
+    x, dt, A, B, C, D, _ = ssd_inputs(29)
+    first = np.zeros(29, bool)
+    first[[0, 7, 8, 20]] = True  # first tokens of documents
+    per_token = jnp.where(first[None, :, None], -jnp.inf, A[None, None])
+    # dt A = -inf needs dt > 0, as softplus always gives.
+    y, h = form(x, dt, jnp.broadcast_to(per_token, dt.shape), B, C, D)
+    starts = [*np.flatnonzero(first), 29]
+    for start, end in itertools.pairwise(starts):
+        cut = slice(start, end)
+        alone, h_alone = oracle.ssd(x[:, cut], dt[:, cut], A, B[:, cut], C[:, cut], D)
+        assert oracle.error(y[:, cut], alone) <= 2e-6
+    assert oracle.error(h, h_alone) <= 2e-6
+
+
+@pytest.mark.parametrize("value", RESETS.values(), ids=RESETS.keys())
+def test_segment_sums_beside_a_reset_are_as_exact_as_without_it(value):
+    log_a = np.array([-0.5, -0.25, value, -1e-3, -2.0, value, -0.125], np.float32)
+    want, at = oracle.segment_sums(log_a), np.cumsum(log_a < -1000)
+    if value < -1e30:
+        want = np.where(at[:, None] == at[None, :], want, -np.inf)
+    got = np.asarray(ssdlib.segsum(jnp.asarray(log_a)))
+    assert (np.isneginf(got) == np.isneginf(want)).all()
+    below = np.isfinite(want)
+    np.testing.assert_allclose(got[below], want[below], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_segment_sums_of_sixteen_bits_are_those_of_float32_rounded(dtype):
+    log_a = jnp.asarray(-np.random.default_rng(0).uniform(0, 0.1, 40), dtype)
+    got = ssdlib.segsum(log_a)
+    assert got.dtype == dtype
+    want = oracle.segment_sums(log_a.astype(jnp.float32))
+    below = np.isfinite(want)
+    scale = np.abs(want[below]).max()
+    apart = np.abs(np.asarray(got, np.float64)[below] - want[below]).max()
+    assert apart <= float(jnp.finfo(dtype).eps) * scale

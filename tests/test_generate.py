@@ -19,7 +19,7 @@ from ssdlib import (
     prefill,
     stream,
 )
-from ssdlib.generate import Options, _generate_jit, bucket, sample
+from ssdlib.generate import Options, _generate_jit, _keep, bucket, sample
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(3))
@@ -163,6 +163,100 @@ def test_samplers_draw_from_the_distribution_they_promise(how, p):
     got, p = frequencies(temperature=jnp.float32(1), **how), np.asarray(p)
     sigma = np.sqrt(p * (1 - p) / 20_000)
     assert (np.abs(got - p) <= 6 * sigma + 1e-12).all()
+
+
+def test_top_p_keeps_no_token_beyond_those_that_reach_it_exactly():
+    logits = jnp.log(jnp.asarray([[0.3, 0.1, 0.1, 0.5]]))
+    draw = jax.vmap(lambda k: sample(logits, k, jnp.float32(1), None, jnp.float32(0.8)))
+    assert set(np.unique(draw(jax.random.split(KEY, 2000)))) == {0, 3}
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 61])
+def test_of_equal_logits_top_k_keeps_the_first(k):
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 1, (4, 61)).astype(np.float32)
+    kept = np.isfinite(_keep(jnp.asarray(logits), jnp.ones_like(logits), jnp.int32(k)))
+    for row, got in zip(logits, kept, strict=True):
+        want = np.sort(np.argsort(-row, kind="stable")[:k])
+        np.testing.assert_array_equal(np.flatnonzero(got), want)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    rng = np.random.default_rng(0)
+    for p in (0.1, 0.5, 0.9, 0.999):
+        logits = 3 * rng.standard_normal((2, 500)).astype(np.float32)
+        logits -= logits.max(-1, keepdims=True)
+        weights = jax.nn.softmax(logits)
+        enough = jnp.full(2, p, jnp.float32)
+        kept = np.isfinite(_keep(jnp.asarray(logits), weights, enough))
+        for row, got in zip(np.asarray(weights, np.float64), kept, strict=True):
+            order = np.argsort(-row)
+            n = int((np.cumsum(row[order]) < p).sum()) + 1
+            np.testing.assert_array_equal(np.flatnonzero(got), np.sort(order[:n]))
+
+
+def flat_model(p):
+    """A model whose next token is drawn from p, whatever it has read."""
+    config = Mamba2Config.tiny(vocab_size=len(p), tie_embeddings=False)
+    params = init_params(config, jax.random.key(0))
+    params["norm"] = jnp.zeros_like(params["norm"]).at[0].set(1)
+    # Every block adds nothing, so the residual is the embedding: all rows alike.
+    layers = [v | {"out": jnp.zeros_like(v["out"])} for v in params["layers"]]
+    params["layers"] = tuple(layers)
+    params["embedding"] = jnp.ones_like(params["embedding"])
+    head = jnp.zeros_like(params["head"]).at[:, 0].set(jnp.log(jnp.asarray(p)))
+    return params | {"head": head}, config
+
+
+LIMITS = {
+    "temperature": ({}, [0.4, 0.3, 0.2, 0.1]),
+    "top-k": (dict(top_k=3), [4 / 9, 3 / 9, 2 / 9, 0]),
+    "top-p": (dict(top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+@pytest.mark.parametrize(("how", "p"), LIMITS.values(), ids=LIMITS.keys())
+def test_consecutive_draws_are_independent_and_have_the_promised_frequencies(
+    call, how, p
+):
+    """Chi-squared over pairs of neighbors: it sees one key used twice at once."""
+    params, config = flat_model([0.4, 0.3, 0.2, 0.1])
+    prompt, n = np.zeros((4, 3), np.int32), 1000
+    how = how | dict(temperature=1.0, key=KEY)
+    if call == "generate":
+        tokens = np.asarray(generate(params, config, prompt, n, **how).tokens)
+    else:
+        tokens = np.concatenate([*stream(params, config, prompt, n, **how)], axis=1)
+    pairs = np.zeros((4, 4))
+    np.add.at(pairs, (tokens[:, 0:-1:2].ravel(), tokens[:, 1::2].ravel()), 1)
+    want = pairs.sum() * np.outer(p, p)
+    assert (pairs[want == 0] == 0).all()
+    chi2 = ((pairs - want)[want > 0] ** 2 / want[want > 0]).sum()
+    freedom = np.count_nonzero(want) - 1
+    assert chi2 <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_limits_that_change_compile_nothing_new(as_user):
+    how = dict(temperature=0.8, top_k=5, top_p=0.7, key=KEY)
+    generate(PARAMS, CONFIG, PROMPT, 4, **how)
+    known = _generate_jit._cache_size()
+    for change in (
+        dict(top_k=6),
+        dict(top_k=np.int64(7)),
+        dict(top_p=0.5),
+        dict(temperature=1.3),
+        dict(key=jax.random.key(8)),
+    ):
+        generate(PARAMS, CONFIG, PROMPT, 5, **how | change)
+    assert _generate_jit._cache_size() == known
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_a_temperature_that_vanishes_in_float32_is_greedy(temperature):
+    how = dict(temperature=temperature, key=KEY, top_k=5, top_p=0.9)
+    sampled = generate(PARAMS, CONFIG, PROMPT, 8, **how).tokens
+    np.testing.assert_array_equal(sampled, generate(PARAMS, CONFIG, PROMPT, 8).tokens)
 
 
 def test_a_temperature_near_zero_is_greedy():

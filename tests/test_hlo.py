@@ -308,6 +308,28 @@ def test_a_loop_without_a_known_end_is_reported():
     assert hlo.compile_for(until_small, struct(8)).unknown_loops > 0
 
 
+@pytest.mark.parametrize("step", ["%n.3", "%j"])
+def test_a_counter_that_does_not_move_by_one_has_an_unknown_end(step):
+    """By a constant of 2, or by another value that the loop carries."""
+    more = "  %n.3 = s32[] constant(2)\n  %j = s32[] get-tuple-element(%p), index=2\n"
+    text = TEXT.replace("  %next =", f"{more}  %next =")
+    text = text.replace("add(%i, %one)", f"add(%i, {step})")
+    runs = hlo_cost.executed(hlo_text.parse(text))
+    assert {i.name: times for i, _, times in runs} == {"next": None, "y": None}
+
+
+def test_a_while_loop_with_a_traced_step_is_reported():
+    def count(step, x):
+        def body(carry):
+            i, step, x = carry
+            return i + step, step, jnp.sin(x)
+
+        return jax.lax.while_loop(lambda c: c[0] < 100, body, (0, step, x))[2]
+
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    assert hlo.compile_for(count, step, struct(8)).unknown_loops > 0
+
+
 def test_the_costlier_branch_counts():
     def fn(go, x):
         return jax.lax.cond(go, lambda x: x @ x @ x, lambda x: x + 1, x)

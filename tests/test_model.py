@@ -18,6 +18,7 @@ from ssdlib import (
     Mamba2Config,
     decode_step,
     forward,
+    generate,
     init_cache,
     init_params,
     prefill,
@@ -291,3 +292,29 @@ def test_a_bad_configuration_is_named(change, message):
 def test_an_unknown_preset_is_named():
     with pytest.raises(ValueError, match="name: '7b'; it must be one of 130m, 370m"):
         Mamba2Config.preset("7b")
+
+
+@pytest.mark.parametrize("T", [1, 5, 40])
+def test_float16_is_as_near_to_float32_as_bfloat16(T):
+    """A T4 has no bfloat16. Forward, prefill, a step and the loop, rows of 1 and 3."""
+    config = Mamba2Config.tiny()
+    params = init_params(config, jax.random.key(0))
+    for b in (1, 3):
+        tokens = np.random.default_rng(b).integers(0, config.vocab_size, (b, T))
+
+        def errors(dtype, tokens=tokens):
+            half = init_params(config, jax.random.key(0), dtype)
+            logits, cache = prefill(half, config, tokens)
+            after, _ = decode_step(half, config, tokens[:, 0], cache)
+            exact, cache = prefill(params, config, tokens)
+            want, _ = decode_step(params, config, tokens[:, 0], cache)
+            whole = forward(half, config, tokens)
+            full = forward(params, config, tokens)
+            pairs = (logits, exact), (after, want), (whole, full)
+            return [oracle.error(a, b) for a, b in pairs]
+
+        for ours, theirs in zip(errors(jnp.float16), errors(jnp.bfloat16), strict=True):
+            assert ours <= theirs
+        half = init_params(config, jax.random.key(0), jnp.float16)
+        made = generate(half, config, tokens, 5)
+        assert made.tokens.shape == (b, 5)

@@ -344,6 +344,46 @@ def test_saving_what_does_not_fit_the_config_is_refused(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_saving_into_the_folder_of_a_sharded_model_replaces_it(folder):
+    old = folder / "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(old)
+    names = dict.fromkeys(load_file(old), old.name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    before, config = load(folder)
+    new = init_params(config, jax.random.key(1))
+    save(folder, new, config)
+    after, _ = load(folder)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(new), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (np.asarray(before["embedding"]) != np.asarray(after["embedding"])).any()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "not finite"), (np.inf, "not finite"), (np.int32(1), "is int32")],
+)
+def test_saving_what_load_would_refuse_is_refused(folder, value, message):
+    params, config = load(folder)
+    kept = (folder / "model.safetensors").read_bytes()
+    wrong = params | {"norm": np.full(config.d_model, value)}
+    with pytest.raises(ValueError, match=f"norm_f.weight.* {message}"):
+        save(folder, wrong, config)
+    assert (folder / "model.safetensors").read_bytes() == kept
+
+
+def test_float64_is_refused_where_jax_would_make_float32_of_it(folder):
+    with pytest.raises(ValueError, match="dtype: float64; set jax_enable_x64"):
+        load(folder, jnp.float64)
+
+
+def test_numbers_in_arrays_leave_a_config_hashable(as_user):
+    config = Mamba2Config.tiny(norm_eps=np.array(1e-5))
+    assert hash(config) == hash(Mamba2Config.tiny())
+
+
 def test_an_index_that_points_outside_its_folder_is_refused(folder):
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
