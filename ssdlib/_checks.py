@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "as_int32",
     "check_floats",
     "check_integers",
     "check_is",
@@ -13,13 +14,14 @@ __all__ = [
     "check_shapes",
     "check_size",
     "check_tokens",
+    "described",
     "floating",
     "is_number",
-    "told",
+    "is_traced",
 ]
 
 
-def told(value) -> str:
+def described(value) -> str:
     """What an argument was, in one line: a short value, or the name of its type."""
     short = value is None or isinstance(value, (str, bool, int, float))
     return f"{value!r}" if short else f"a {type(value).__name__}"
@@ -29,7 +31,7 @@ def check_is(name: str, value, *kinds: type) -> None:
     """Raise ValueError unless value is of one of these types."""
     if not isinstance(value, kinds):
         want = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise ValueError(f"{name}: {told(value)}; it must be a {want}")
+        raise ValueError(f"{name}: {described(value)}; it must be a {want}")
 
 
 def check_size(name: str, n) -> None:
@@ -37,8 +39,13 @@ def check_size(name: str, n) -> None:
     whole = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
     if not whole or not 1 <= n < 2**31:
         raise ValueError(
-            f"{name}: {told(n)}; it must be an integer of at least 1, below 2**31"
+            f"{name}: {described(n)}; it must be an integer of at least 1, below 2**31"
         )
+
+
+def is_traced(x) -> bool:
+    """Whether x belongs to a program that JAX traces, and so has no value yet."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def is_number(value) -> bool:
@@ -54,7 +61,7 @@ def floating(dtype) -> jnp.dtype:
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
-        what = told(dtype) if found is None else found
+        what = described(dtype) if found is None else found
         raise ValueError(f"dtype: {what}; it must be floating point")
     return found
 
@@ -64,7 +71,7 @@ def check_key(key) -> None:
     dtype, rank = getattr(key, "dtype", None), np.ndim(key) if key is not None else 0
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and rank == 0) and not (dtype == jnp.uint32 and rank == 1):
-        what = told(key) if dtype is None else f"{dtype} of shape {key.shape}"
+        what = described(key) if dtype is None else f"{dtype} of shape {key.shape}"
         raise ValueError(f"key: {what}; it must be a jax.random.key")
 
 
@@ -75,7 +82,7 @@ def _of_array(name: str, x) -> tuple:
             return jnp.result_type(x), jnp.shape(x)
         except (TypeError, OverflowError):
             pass
-    raise ValueError(f"{name}: {told(x)}; it must be an array of numbers")
+    raise ValueError(f"{name}: {described(x)}; it must be an array of numbers")
 
 
 def check_shapes(**arrays: tuple) -> dict[str, int]:
@@ -123,7 +130,7 @@ def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
 
 def check_range(name: str, x, low: int, high: int) -> None:
     """Raise ValueError unless low <= x <= high, where x is concrete."""
-    if isinstance(x, jax.core.Tracer):  # inside a compiled program: nothing to see
+    if is_traced(x):
         return
     values = np.asarray(x)
     bad = values[(values < low) | (values > high)]
@@ -138,4 +145,20 @@ def check_tokens(tokens, vocab_size: int, lengths=None, name: str = "tokens") ->
     if lengths is not None:
         b, T = jnp.shape(tokens)
         check_integers("lengths", lengths, (b,))
-        check_range("lengths", lengths, 1, T)
+        check_range("lengths", lengths, 0, T)
+
+
+def as_int32(*arrays) -> list:
+    """Integers, once checked, in one dtype, so that no other compiles a program anew.
+
+    None stays None, and what is traced or lies on a device stays there.
+    """
+
+    def convert(x):
+        if x is None or is_traced(x):
+            return x if x is None else jnp.asarray(x).astype(jnp.int32)
+        if isinstance(x, jax.Array) and x.dtype == jnp.int32:
+            return x
+        return np.asarray(x, np.int32)
+
+    return [convert(x) for x in arrays]

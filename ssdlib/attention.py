@@ -12,16 +12,26 @@ al. 2021 (arXiv 2104.09864); gated unit: Shazeer 2020 (arXiv 2002.05202).
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_integers, check_range, check_size, check_tokens
-from ssdlib.generate import bucket
-from ssdlib.model import ArrayLike, rms_norm
+from ssdlib._checks import (
+    as_int32,
+    check_integers,
+    check_range,
+    check_size,
+    check_tokens,
+)
+from ssdlib.generate import Generation, Start, run, run_blocks
+from ssdlib.model import ArrayLike
 from ssdlib.params import Params
+from ssdlib.platforms import linear, rms_norm
+from ssdlib.sample import check_options
 from ssdlib.transformer import (
     AttentionConfig,
     KVCache,
@@ -39,6 +49,7 @@ __all__ = [
     "init_cache",
     "init_params",
     "prefill",
+    "stream",
 ]
 
 # --- the public functions: check, then run the compiled program ----------------------
@@ -49,7 +60,7 @@ def forward(
 ) -> Float[Array, "b T V"]:
     """Logits after every token. O(T²) work, and scores of H T² numbers per row."""
     check_tokens(tokens, config.vocab_size)
-    return _forward(params, config, jnp.asarray(tokens))
+    return _forward(params, config, as_int32(tokens)[0])
 
 
 def prefill(
@@ -67,7 +78,7 @@ def prefill(
     """
     check_tokens(tokens, config.vocab_size)
     check_cache(config, cache, *tokens.shape)
-    return _prefill(params, config, jnp.asarray(tokens), cache)
+    return _prefill(params, config, as_int32(tokens)[0], cache)
 
 
 def decode_step(
@@ -80,7 +91,7 @@ def decode_step(
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_cache(config, cache, len(token), 1)
-    return _prefill(params, config, jnp.asarray(token)[:, None], cache)
+    return _prefill(params, config, as_int32(token)[0][:, None], cache)
 
 
 def generate(
@@ -90,22 +101,46 @@ def generate(
     max_new_tokens: int,
     *,
     cache: KVCache | None = None,
-) -> tuple[Int[Array, "b n"], KVCache]:
-    """Greedy continuation on the device: (max_new_tokens tokens per row, cache).
+    **limits,
+) -> Generation:
+    """`ssdlib.generate` for this model: the same loop, and the same limits of a draw.
 
-    One compiled program for each prompt length, capacity and bucket of max_new_tokens.
-    Without a cache, one is made that just holds all tokens; the one that you pass stays
-    valid. Errors as in `prefill`.
+    All rows of the prompt have one length. Without a cache, one is made that just holds
+    all tokens; compiled once for each of its sizes. The one that you pass stays valid.
+    Errors as in `prefill`.
     """
+    start, options = _start(params, config, prompt, max_new_tokens, cache, limits)
+    return run(_read, params, config, start, max_new_tokens, options)
+
+
+def stream(
+    params: Params,
+    config: AttentionConfig,
+    prompt: Int[ArrayLike, "b T"],
+    max_new_tokens: int,
+    *,
+    cache: KVCache | None = None,
+    block: int = 16,
+    **limits,
+) -> Iterator[np.ndarray]:
+    """`ssdlib.stream` for this model."""
+    start, options = _start(params, config, prompt, max_new_tokens, cache, limits)
+    return run_blocks(_read, params, config, start, max_new_tokens, options, block)
+
+
+def _start(params, config, prompt, n, cache, limits):
+    """Check the arguments; make a cache for the program to consume, or copy it."""
     check_tokens(prompt, config.vocab_size, name="prompt")
-    n, (b, T) = max_new_tokens, prompt.shape
     check_size("max_new_tokens", n)
-    if cache is None:
+    options = check_options(config.vocab_size, **limits)
+    (b, T), goes_on = prompt.shape, cache is not None
+    if goes_on:
+        check_cache(config, cache, b, T + n - 1)
+        cache = jax.tree.map(jnp.copy, cache)
+    else:
         cache = init_cache(config, b, T + n, params["embedding"].dtype)
-    check_cache(config, cache, b, T + n)
-    cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    tokens, cache = _generate(params, config, jnp.asarray(prompt), cache, n, bucket(n))
-    return tokens[:, :n], cache
+    (prompt,) = as_int32(prompt)
+    return Start(prompt, None, cache, False, goes_on), options
 
 
 @partial(jax.jit, static_argnames="config")
@@ -114,26 +149,13 @@ def _forward(params, config, tokens):
     return _head(params, config, _backbone(params, config, tokens, cache)[0])
 
 
-@partial(jax.jit, static_argnames="config")
-def _prefill(params, config, tokens, cache):
+def _read(params, config, tokens, cache, lengths=None):
+    """`prefill` unchecked. Rows that have ended (of length 0) read along, unseen."""
     r, cache = _backbone(params, config, tokens, cache)
     return _head(params, config, r[:, -1]), cache
 
 
-@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="cache")
-def _generate(params, config, prompt, cache, n, size):
-    logits, cache = _prefill(params, config, prompt, cache)
-
-    def step(i, carry):
-        tokens, logits, cache = carry
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits, cache = _prefill(params, config, token[:, None], cache)
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, 1)
-        return tokens, logits, cache
-
-    tokens = jnp.zeros((len(prompt), size), jnp.int32)
-    tokens, _, cache = jax.lax.fori_loop(0, n, step, (tokens, logits, cache))
-    return tokens, cache
+_prefill = jax.jit(_read, static_argnames="config")
 
 
 # --- the model, from the outside in --------------------------------------------------
@@ -150,8 +172,8 @@ def _backbone(params, config, tokens, cache):
             out, k_i, v_i = _attention(p, config, u, cache.k[i], cache.v[i], start)
             r = r + out.astype(r.dtype)
             u = rms_norm(r, p["ff_norm"], config.norm_eps).astype(dtype)
-            u = jax.nn.silu(_linear(u, p["gate"])) * _linear(u, p["up"])
-            r = r + _linear(u, p["down"]).astype(r.dtype)
+            u = jax.nn.silu(linear(p["gate"], u, dtype)) * linear(p["up"], u, dtype)
+            r = r + linear(p["down"], u, dtype).astype(r.dtype)
         k.append(k_i)
         v.append(v_i)
     end = start + tokens.shape[1]
@@ -163,7 +185,7 @@ def _head(params, config, r):
     """Final norm and the product with the tied embedding: logits in float32."""
     embedding = params["embedding"]
     u = rms_norm(r, params["norm"], config.norm_eps).astype(embedding.dtype)
-    return jnp.einsum("...d,vd->...v", u, embedding, preferred_element_type=r.dtype)
+    return linear(embedding, u, r.dtype)
 
 
 def _attention(p, config, u, k, v, start):
@@ -172,7 +194,7 @@ def _attention(p, config, u, k, v, start):
     R = config.n_heads // G  # query heads that share one head of keys and values
 
     def heads(W, R):  # (b, T, d_model) -> (b G, R, T, P)
-        w = _linear(u, W).reshape(b, T, G, R, P).transpose(0, 2, 3, 1, 4)
+        w = linear(W, u, u.dtype).reshape(b, T, G, R, P).transpose(0, 2, 3, 1, 4)
         return w.reshape(b * G, R, T, P)
 
     position = start + jnp.arange(T)
@@ -191,7 +213,7 @@ def _attention(p, config, u, k, v, start):
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = jnp.einsum("nls,nsp->nlp", weights, v, preferred_element_type=f32)
     y = y.reshape(b, G, R, T, P).transpose(0, 3, 1, 2, 4).reshape(b, T, -1)
-    return _linear(y.astype(u.dtype), p["out"]), k, v
+    return linear(p["out"], y.astype(u.dtype), u.dtype), k, v
 
 
 def _rotate(w, position, base):
@@ -207,8 +229,3 @@ def _rotate(w, position, base):
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned = jnp.concatenate([x * cos - y * sin, x * sin + y * cos], axis=-1)
     return turned.astype(w.dtype)
-
-
-def _linear(u, W):
-    """W u, with W stored as (outputs, inputs)."""
-    return jnp.einsum("...i,oi->...o", u, W)

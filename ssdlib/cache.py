@@ -1,9 +1,9 @@
 """The O(1) cache: all that a Mamba-2 model remembers of its past.
 
-    numbers a row = n_layers (H P N + (d_conv - 1) d_xBC)
+    numbers a row = n_layers (H P N + (d_conv - 1) d_xBC) + 1
 
-For each layer, the state of its recurrence and the last inputs of its convolution: as
-many after one token as after a million. `model` reads it and moves it on.
+For each layer, the state of its recurrence and the last inputs of its convolution, and
+one count of the tokens read: as many numbers after one token as after a million.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 7; reference code
 github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
 """
@@ -26,15 +26,17 @@ __all__ = ["Cache", "init_cache"]
 class Cache:
     """All that a model remembers of its past.
 
-    conv: the last inputs of all convolutions, (b, n_layers, d_conv - 1, d_xBC).
-    h:    the SSM states in float32, one (b, H, P, N) per layer.
+    conv:   the last inputs of all convolutions, (b, n_layers, d_conv - 1, d_xBC).
+    h:      the SSM states in float32, one (b, H, P, N) per layer.
+    length: tokens that each row has read, (b,) int32.
     A registered pytree; rows of the batch come first in every array. Its size does not
-    depend on how many tokens were read. The conv states are in one array, so that all
-    layers move on by one operation a step.
+    depend on how many tokens were read. The conv states are in one array, so that one
+    operation a step updates those of all layers.
     """
 
     conv: Any  # no array types here: a pytree may also hold shapes or shardings
     h: tuple
+    length: Any
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +57,7 @@ def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cach
     return Cache(
         conv=jnp.zeros(conv, dtype),
         h=tuple(jnp.zeros(h, h_dtype) for _ in range(config.n_layers)),
+        length=jnp.zeros(batch_size, jnp.int32),
     )
 
 
@@ -64,20 +67,22 @@ def _shapes(config, b) -> tuple[tuple, tuple]:
     return conv, (b, config.n_heads, config.head_dim, config.d_state)
 
 
-def move_on(conv, tails):
-    """The conv states of all layers, moved on at once by every layer's last inputs."""
-    tails = jnp.stack(tails, axis=1).astype(conv.dtype)
-    return jnp.concatenate([conv, tails], axis=2)[:, :, tails.shape[2] :]
+def append_inputs(conv, new):
+    """The conv states of all layers after new inputs, a list of one array per layer."""
+    new = jnp.stack(new, axis=1).astype(conv.dtype)
+    return jnp.concatenate([conv, new], axis=2)[:, :, new.shape[2] :]
 
 
 def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
     """Raise ValueError unless the cache belongs to this model and batch size."""
     check_is("cache", cache, Cache)
-    got = jnp.shape(cache.conv), [jnp.shape(h) for h in cache.h]
     conv, h = _shapes(config, batch_size)
-    want = conv, [h] * config.n_layers
-    if got != want:
-        at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
-        raise ValueError(
-            f"cache: (conv, layers, h) is {at}; this model and batch need {need}"
-        )
+    check_layout(cache, conv, [h] * config.n_layers, "this model and batch need")
+
+
+def check_layout(cache, conv, h, who: str) -> None:
+    """Raise ValueError unless the cache's arrays have these shapes."""
+    got = jnp.shape(cache.conv), [jnp.shape(v) for v in cache.h]
+    if got != (conv, h) or jnp.shape(cache.length) != conv[:1]:
+        at, need = ((conv, len(h), h[:1]) for conv, h in (got, (conv, h)))
+        raise ValueError(f"cache: (conv, layers, h) is {at}; {who} {need}")

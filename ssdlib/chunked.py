@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from ssdlib._checks import check_size
 from ssdlib.quadratic import (
     Decays,
-    dual,
     merge_state,
+    read_inputs,
     read_state,
     split_state,
     whole_decay,
@@ -26,7 +26,7 @@ from ssdlib.recurrence import accumulator, check_ssd, log_decay, zero_state
 
 __all__ = ["ssd_chunked"]
 
-AT_ONCE = 8, 1024  # chunks, tokens: large products in memory that T does not change
+MOST_CHUNKS, MOST_TOKENS = 8, 1024  # of a span: what memory holds at once
 
 
 def ssd_chunked(
@@ -38,15 +38,14 @@ def ssd_chunked(
     D: Float[Array, "H"] | None = None,
     h0: Float[Array, "b H P N"] | None = None,
     chunk_size: int = 256,
-    spans: int = 1,
 ) -> tuple[Float[Array, "b T H P"], Float[Array, "b H P N"]]:
     """(y_c, h) = ssd_quadratic(x_c, dt_c, A, B_c, C_c, D, h) for chunk after chunk.
 
     Use it for training and prefill. Work is O(T Q) inside chunks plus O(T) for the
-    states; memory is O(T) for the inputs cut in chunks, and O(Q²) per head for the few
-    chunks that are computed at once, in one of at least `spans` steps of the scan. The
-    result depends on neither size. Any T fits: the last chunk is filled up with tokens
-    of dt = 0, which leave the state as it is, exactly.
+    states. Memory is O(T) for the inputs cut in chunks, and O(Q²) per head for the few
+    chunks that are computed at once; a gradient computes those again, rather than keep
+    them for all chunks. The result does not depend on Q. Any T fits: the last chunk is
+    filled up with tokens of dt = 0, which leave the state as it is, exactly.
 
     A is one number per head, as in Mamba-2, or one per token and head: then dt and A
     set the size of a write and the decay independently (see `recurrences`). A = -inf at
@@ -54,25 +53,30 @@ def ssd_chunked(
     several documents and each is computed as if it were alone.
 
     Dtypes as in `ssd_quadratic`. Raises ValueError if a shape does not fit or
-    chunk_size or spans is not an integer of at least 1. Returns (y, h_T). Source: arXiv
+    chunk_size is not an integer of at least 1. Returns (y, h_T). Source: arXiv
     2405.21060, section 6.
     """
     check_ssd(h0, x, dt, A, B, C, D)
     check_size("chunk_size", chunk_size)
-    check_size("spans", spans)
+    return ssd_in_spans(chunk_size, 1, x, dt, A, B, C, D, h0)
+
+
+def ssd_in_spans(chunk_size, spans, x, dt, A, B, C, D=None, h0=None):
+    """`ssd_chunked` unchecked, in a scan over at least so many spans of chunks."""
     (b, T, H, P), G, dtype = x.shape, B.shape[2], accumulator(x)
     Q = min(chunk_size, T)
-    most = max(1, min(AT_ONCE[0], AT_ONCE[1] // Q))
+    most = max(1, min(MOST_CHUNKS, MOST_TOKENS // Q))
     spans = max(spans, -(-T // (Q * most)))
     chunks = -(-T // (Q * spans))  # a span; the last one is filled up
     cut = partial(_split_chunks, n=chunks, Q=Q)
     h0 = zero_state(x, B) if h0 is None else jnp.asarray(h0, dtype)
 
+    @jax.checkpoint  # a gradient keeps what enters a span, and computes it again
     def span(h, inputs):
         x, dt, decays, B, C = inputs
         x_, B, C = (jnp.asarray(v, dtype) for v in (x, B, C))
         # 1. Inside each chunk; 2. the state that it leaves.
-        y, left = jax.vmap(dual, 1, 1)(x_, dt, decays, B, C)
+        y, left = jax.vmap(read_inputs, 1, 1)(x_, dt, decays, B, C)
         # 3. The recurrence from chunk to chunk.
         a, entering = jax.vmap(partial(whole_decay, G=G), 1, 1)(decays), []
         for c in range(chunks):

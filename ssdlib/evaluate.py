@@ -15,16 +15,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from ssdlib._checks import check_integers, check_range
+from ssdlib._checks import check_integers, check_range, check_shapes, check_size
 from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
-from ssdlib.model import ArrayLike, _backbone, _head
-from ssdlib.params import Params
+from ssdlib.model import ArrayLike, pieces, read_all
+from ssdlib.params import Params, checked_params
+from ssdlib.recurrence import accumulator
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "next_token_loss"]
 
 
 class Evaluation(NamedTuple):
@@ -58,33 +59,51 @@ def evaluate(
 
     Raises ValueError for fewer than two tokens, tokens out of range, or piece < 1.
     """
+    params = checked_params(params, config)
     check_integers("tokens", tokens, ("T",))
     check_range("tokens", tokens, 0, config.vocab_size - 1)
     tokens = np.asarray(tokens, np.int32)
     if len(tokens) < 2:
         raise ValueError("tokens: 1 of them; the first is not scored, give at least 2")
-    if piece < 1:
-        raise ValueError(f"piece: {piece}; it must be at least 1")
+    check_size("piece", piece)
     cache = init_cache(config, 1, params["embedding"].dtype)
     n, nats = len(tokens) - 1, 0.0
+    parts = zip(
+        pieces(tokens[None, :-1], None, piece),
+        pieces(tokens[None, 1:], None, piece),
+        strict=True,
+    )
     bar = dict(unit=" tokens", delay=2, leave=False, disable=None)
     with tqdm(total=n, **bar) as progress:
-        for start in range(0, n, piece):
-            size = min(piece, n - start)
-            pair = np.zeros((2, piece), np.int32)
-            pair[0, :size] = tokens[start : start + size]
-            pair[1, :size] = tokens[start + 1 : start + 1 + size]
-            loss, cache = _score(params, config, pair, np.array([size]), cache)
+        for (part, real), (targets, _) in parts:
+            loss, cache = _score(params, config, part, targets, real, cache)
             nats += float(loss)  # summed in float64 across pieces
-            progress.update(size)
+            progress.update(int(real[0]))
     return Evaluation(n, nats)
 
 
+def next_token_loss(
+    logits: Float[Array, "b T V"], targets: Int[ArrayLike, "b T"]
+) -> Float[Array, "b T"]:
+    """-log p(target_t) = log Σ_v exp(logit_v) - logit_{target_t}, in nats.
+
+    `targets` are the tokens that followed: tokens[:, 1:] where logits are those after
+    tokens[:, :-1]. Arithmetic is float32 (float64 if logits are).
+    Raises ValueError if a shape or dtype does not fit.
+    """
+    check_shapes(logits=(logits, "b T V"))
+    check_integers("targets", targets, logits.shape[:2])
+    check_range("targets", targets, 0, logits.shape[2] - 1)
+    logits = logits.astype(accumulator(logits))
+    chosen = jnp.take_along_axis(logits, jnp.asarray(targets)[..., None], axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
+
+
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _score(params, config, pair, lengths, cache):
-    """(-Σ log p of the targets in row 1 after the tokens in row 0, cache)."""
-    r, cache = _backbone(params, config, pair[:1], cache, lengths)
-    logits = _head(params, config, r)[0]
-    chosen = jnp.take_along_axis(logits, pair[1][:, None], axis=-1)[:, 0]
-    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(jnp.arange(len(loss)) < lengths, loss, 0).sum(), cache
+def _score(params, config, tokens, targets, real, cache):
+    """(Σ -log p of the targets after each real token, cache)."""
+    logits, cache = read_all(params, config, tokens, cache, real)
+    loss = next_token_loss(logits, targets)
+    return jnp.where(
+        jnp.arange(loss.shape[1])[None] < real[:, None], loss, 0
+    ).sum(), cache

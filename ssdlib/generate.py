@@ -1,39 +1,33 @@
 """Generation as one compiled program: prefill, then a loop that stays on the device.
 
-    while any row is alive and i < n:
-        token  ~ softmax(logits / temperature)
+    token ~ softmax(logits / temperature)
+    while any row goes on and fewer than n tokens were made:
         logits, cache = decode_step(token, cache)
+        token ~ softmax(logits / temperature)
 
 The cache has a fixed size, so every pass of the loop is the same program on the same
 buffers: nothing grows, nothing is recompiled, and nothing visits the host.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from ssdlib._checks import (
-    check_integers,
-    check_is,
-    check_key,
-    check_range,
-    check_size,
-    check_tokens,
-    is_number,
-    told,
-)
+from ssdlib._checks import as_int32, check_size, check_tokens, is_traced
 from ssdlib.cache import Cache, check_cache, init_cache
 from ssdlib.config import Mamba2Config
-from ssdlib.model import ArrayLike, prefill_any
-from ssdlib.params import Params, check_params
+from ssdlib.model import ArrayLike, prefill, read
+from ssdlib.params import Params, checked_params
+from ssdlib.sample import check_options, sample
 
-__all__ = ["Generation", "bucket", "generate", "sample", "stream"]
+__all__ = ["Generation", "bucket", "generate", "stream"]
+
+LONGEST = 2048  # tokens of a prompt that one program reads; more are read in pieces
 
 
 class Generation(NamedTuple):
@@ -41,12 +35,13 @@ class Generation(NamedTuple):
 
     tokens:  (b, max_new_tokens); after its end a row is filled with eos_id.
     lengths: (b,) tokens each row produced, its eos_id counted.
-    cache:   has read the prompt and those tokens: pass it on to go on from here.
+    cache:   has read all but the last token of each row. To go on from here, pass
+             `tokens[:, -1:]` as the prompt, with this cache.
     """
 
     tokens: Int[Array, "b n"]
     lengths: Int[Array, "b"]
-    cache: Cache
+    cache: Any
 
 
 def generate(
@@ -56,36 +51,42 @@ def generate(
     max_new_tokens: int,
     *,
     lengths: Int[ArrayLike, "b"] | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
+    temperature: float | Array = 0.0,
+    top_k: int | Array | None = None,
+    top_p: float | Array | None = None,
+    eos_id: int | Array | None = None,
     key: Array | None = None,
     cache: Cache | None = None,
 ) -> Generation:
     """Continue every row of the prompt by up to max_new_tokens tokens.
 
-    temperature 0 takes the most probable token, as does one that is 0 in float32 or
-    nearly so; above it samples with `key`, from
-    the top_k most probable tokens if given, and of those from the smallest set that
-    holds probability top_p if given. `lengths` marks right-padded rows. With `eos_id`
-    a row ends at that token, and the loop stops once all rows ended. A `cache` from an
-    earlier call goes on from there, without reading the past again; it stays valid.
+    Temperature 0, and what is nearly 0 in float32, takes the most probable token. Above
+    it, a token is drawn with `key` from the top_k most probable ones if given, and of
+    those from the smallest set that holds probability top_p if given. `lengths` marks
+    right-padded rows; a row of length 0 has nothing to go on from and stays as it is.
+    With `eos_id` a row ends at that token, and the loop stops once all rows ended.
+
+    A `cache` from an earlier call goes on from there, without reading the past again;
+    it stays valid. Give it the last token, which it has not read:
+    `generate(params, config, g.tokens[:, -1:], n, cache=g.cache)`. A row that goes on
+    with eos_id alone has ended. Token t of row i, counted from the start of its text,
+    is drawn with `fold_in(fold_in(key, i), t)`, so that the same key gives the same
+    text, however it is cut in calls.
 
     Compiled once for each batch size, bucket of T, bucket of max_new_tokens and choice
-    of limits. Buckets are 16, 24, 32, 48, 64, 96 ..., two an octave: 25
-    of them cover all prompts up to 65,536 tokens. Token i is drawn with
-    `jax.random.fold_in(key, i)`.
+    of limits. Buckets are 1, 16, 24, 32, 48, 64 ..., two an octave; a prompt of more
+    than 2,048 tokens is read in pieces of so many. Can be traced, with values then
+    unchecked. Otherwise it waits for the tokens.
 
     Raises ValueError for shapes, dtypes or values out of range, naming the argument.
     Where weights or cache hold NaN, all logits are NaN, and the tokens are 0.
     """
+    params = checked_params(params, config)
+    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     limits = temperature, top_k, top_p, eos_id, key
-    options = _check(params, config, prompt, max_new_tokens, lengths, *limits)
-    state, cache = _start(
-        params, config, prompt, lengths, cache, max_new_tokens, max_new_tokens, options
-    )
-    return Generation(state.tokens[:, :max_new_tokens], state.lengths, cache)
+    options = check_options(config.vocab_size, *limits)
+    start = _start(params, config, prompt, lengths, cache, options.eos_id)
+    return run(read, params, config, start, max_new_tokens, options)
 
 
 def stream(
@@ -95,218 +96,186 @@ def stream(
     max_new_tokens: int,
     *,
     lengths: Int[ArrayLike, "b"] | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
+    temperature: float | Array = 0.0,
+    top_k: int | Array | None = None,
+    top_p: float | Array | None = None,
+    eos_id: int | Array | None = None,
     key: Array | None = None,
     cache: Cache | None = None,
     block: int = 16,
 ) -> Iterator[np.ndarray]:
-    """`generate` for one who watches: yields (b, at most `block`) tokens at a time.
+    """`generate`, block by block: yields (b, at most `block`) tokens at a time.
 
     The same tokens as `generate`, with one host round trip a block: the next block is
     already running on the device while the caller handles this one. Ends early once
     every row has met `eos_id`. Arguments are checked at the call.
     """
+    params = checked_params(params, config)
+    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     limits = temperature, top_k, top_p, eos_id, key
-    options = _check(params, config, prompt, max_new_tokens, lengths, *limits)
-    check_size("block", block)
-    n = min(block, max_new_tokens)
-    carry = _start(params, config, prompt, lengths, cache, n, block, options)
-
-    def blocks(state, cache, done=0):
-        while True:
-            n = min(block, max_new_tokens - done)
-            tokens, alive = state.tokens[:, :n], state.alive
-            done += n
-            if done < max_new_tokens:  # queue the next block, then wait for this one
-                n = min(block, max_new_tokens - done)
-                state, cache = _decode_jit(
-                    params, config, state, cache, n, bucket(block), options
-                )
-            yield np.asarray(tokens)
-            if done == max_new_tokens or not np.asarray(alive).any():
-                return
-
-    return blocks(*carry)
+    options = check_options(config.vocab_size, *limits)
+    start = _start(params, config, prompt, lengths, cache, options.eos_id)
+    return run_blocks(read, params, config, start, max_new_tokens, options, block)
 
 
-# --- the compiled program -------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Options:
-    """How to pick tokens. Fields that are None shape the program; others are traced."""
-
-    temperature: Any = None
-    top_p: Any = None
-    eos_id: Any = None
-    key: Any = None
-    top_k: Any = None
-
-
-class State(NamedTuple):
-    """What one block hands to the next, beside the cache."""
-
-    tokens: Array  # (b, size) the block just made
-    lengths: Array  # (b,) tokens produced so far
-    alive: Array  # (b,) rows that have not ended
-    logits: Array  # (b, V) for the next token
-    total: Array  # () tokens since the prompt
-
-
-def _start(params, config, prompt, lengths, cache, n, size, options):
-    """Pad the prompt to its bucket and run the whole program."""
-    prompt = np.asarray(prompt)
-    b, T = prompt.shape
-    lengths = np.full(b, T) if lengths is None else lengths
-    prompt = np.pad(prompt, [(0, 0), (0, bucket(T) - T)])
+def _start(params, config, prompt, lengths, cache, eos_id) -> "Start":
+    """Pad the prompt to its bucket, or read all of a long one but its last token."""
+    (b, T), goes_on = prompt.shape, cache is not None
     if cache is None:
         cache = init_cache(config, b, params["embedding"].dtype)
     else:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    return _generate_jit(
-        params, config, prompt, lengths, cache, n, bucket(size), options
-    )
+    prompt, lengths = as_int32(prompt, lengths)
+    if T <= LONGEST or is_traced(prompt):
+        return Start.of(prompt, bucket(T), lengths, cache, goes_on)
+    masked, prompt = lengths is not None, np.asarray(prompt)
+    real = np.asarray(lengths) if masked else np.full(b, T)
+    if goes_on:
+        real = _unless_ended(prompt, real, eos_id)
+    earlier, last = np.maximum(real - 1, 0), np.maximum(real - 1, 0)[:, None]
+    _, cache = prefill(params, config, prompt, cache, earlier, piece=LONGEST)
+    prompt, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
+    return Start(prompt, real if masked else None, cache, masked, False)
 
 
-@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="cache")
-def _generate_jit(params, config, prompt, lengths, cache, n, size, options):
-    """Prefill, then decode n tokens into a buffer of `size`."""
-    b = len(prompt)
-    logits, cache = prefill_any(params, config, prompt, cache, lengths)
-    none, zero = jnp.zeros(b, jnp.int32), jnp.zeros((), jnp.int32)
-    state = State(none[:, None], none, jnp.ones(b, bool), logits, zero)
-    return _decode(params, config, state, cache, n, size, options)
+# --- the loop of any model ------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("config", "size"), donate_argnames="cache")
-def _decode_jit(params, config, state, cache, n, size, options):
-    """The next block: no prompt, otherwise the same loop."""
-    return _decode(params, config, state, cache, n, size, options)
+class Start(NamedTuple):
+    """Where a generation starts; the program consumes the cache.
+
+    prompt:  (b, size)
+    real:    (b,) how many tokens of it are real, None if all.
+    masked:  whether a row without any may be among them: it is idle.
+    goes_on: whether the cache is that of an earlier generation.
+    """
+
+    prompt: Array
+    real: Array | None
+    cache: Any
+    masked: bool
+    goes_on: bool
+
+    @classmethod
+    def of(cls, prompt, size, lengths, cache, goes_on):
+        """From a prompt, filled up to `size`, of which a row has `lengths` or all."""
+        (b, T), masked = prompt.shape, lengths is not None
+        if size > 1:
+            pad = jnp.pad if is_traced(prompt) else np.pad
+            prompt = pad(prompt, [(0, 0), (0, size - T)])
+            lengths = np.full(b, T, np.int32) if lengths is None else lengths
+        return cls(prompt, lengths, cache, masked, goes_on)
 
 
-def _decode(params, config, state, cache, n, size, options):
-    """The loop: at most n more tokens, in a fresh buffer of `size`."""
-    b, eos_id = len(state.lengths), options.eos_id
-    fill = 0 if eos_id is None else eos_id
-    state = state._replace(tokens=jnp.full((b, size), fill, jnp.int32))
+def run(read: Callable, params, config, start: Start, n, options) -> Generation:
+    """`generate` for any model: read(params, config, tokens, cache, lengths)."""
+    check_size("max_new_tokens", n)
+    traced = any(map(is_traced, jax.tree.leaves((params, start, options))))
+    program = _inner_program if traced else _program
+    made = program(read, params, config, *start, np.int32(n), bucket(n), options)
+    return made._replace(tokens=_first(made.tokens, n))
+
+
+def _first(tokens, n):
+    """The first n tokens of each row; by the host, as a device compiles each n anew."""
+    if is_traced(tokens) or not tokens.is_fully_addressable:
+        return tokens[:, :n]
+    return jax.device_put(np.asarray(tokens)[:, :n]) if n < tokens.shape[1] else tokens
+
+
+def run_blocks(
+    read: Callable, params, config, start: Start, n, options, block: int
+) -> Iterator[np.ndarray]:
+    """`stream` for any model."""
+    check_size("max_new_tokens", n)
+    check_size("block", block)
+    size, eos_id = bucket(block), options.eos_id
+
+    def go(start, n):
+        return _program(read, params, config, *start, np.int32(n), size, options)
+
+    def blocks(made, left):
+        while True:
+            now, left = min(block, left), max(0, left - block)
+            tokens, masked = made.tokens, start.masked or eos_id is not None
+            if left:  # queue the next block, then wait for this one
+                last = tokens[:, block - 1 : block]
+                real = (made.lengths == block).astype(jnp.int32) if masked else None
+                next_ = Start(last, real, made.cache, start.masked, True)
+                made = go(next_, min(block, left))
+            tokens = np.asarray(tokens)[:, :now]
+            yield tokens
+            if not left or (eos_id is not None and (tokens[:, -1] == eos_id).all()):
+                return
+
+    return blocks(go(start, min(block, n)), n)
+
+
+def _generation(
+    read, params, config, prompt, real, cache, masked, goes_on, n, size, options
+) -> Generation:
+    """Read the prompt, then make n tokens in a buffer of `size`, all on the device."""
+    b, eos_id = len(prompt), options.eos_id
+    if eos_id is not None:
+        real = jnp.full(b, prompt.shape[1], jnp.int32) if real is None else real
+        real = _unless_ended(prompt, real, eos_id) if goes_on else real
+    fill, masked = 0 if eos_id is None else eos_id, masked or eos_id is not None
+    alive = real > 0 if masked else jnp.ones(b, bool)
+    if options.key is not None:
+        keys = jax.vmap(partial(jax.random.fold_in, options.key))(jnp.arange(b))
+
+    def pick(logits, cache):
+        now = None
+        if options.key is not None:
+            position = jnp.broadcast_to(cache.length, b)
+            now = jax.vmap(jax.random.fold_in)(keys, position)
+        return sample(logits, now, options.temperature, options.top_k, options.top_p)
+
+    def put(token, i, alive, tokens, lengths):
+        token = jnp.where(alive, token, fill)
+        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, 1)
+        lengths = lengths + alive.astype(jnp.int32)
+        alive = alive if eos_id is None else alive & (token != eos_id)
+        return token, i + 1, alive, tokens, lengths
 
     def unfinished(carry):
-        i, s, _ = carry
-        return (i < n) & s.alive.any()
+        (_, i, alive, *_), _ = carry
+        return (i < n) & alive.any()
 
     def step(carry):
-        i, s, cache = carry
-        key = options.key
-        key = None if key is None else jax.random.fold_in(key, s.total)
-        token = sample(s.logits, key, options.temperature, options.top_k, options.top_p)
-        token = jnp.where(s.alive, token, fill)
-        read = None if eos_id is None else s.alive.astype(jnp.int32)
-        logits, cache = prefill_any(params, config, token[:, None], cache, read)
-        s = State(
-            tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, i, 1),
-            lengths=s.lengths + s.alive.astype(jnp.int32),
-            alive=s.alive if eos_id is None else s.alive & (token != eos_id),
-            logits=logits,
-            total=s.total + 1,
-        )
-        return i + 1, s, cache
+        (token, *made), cache = carry
+        read_now = made[1].astype(jnp.int32) if masked else None
+        logits, cache = read(params, config, token[:, None], cache, read_now)
+        return put(pick(logits, cache), *made), cache
 
-    carry = jnp.zeros((), jnp.int32), state, cache
-    _, state, cache = jax.lax.while_loop(unfinished, step, carry)
-    return state, cache
+    logits, cache = read(params, config, prompt, cache, real)
+    empty = jnp.full((b, size), fill, jnp.int32), jnp.zeros(b, jnp.int32)
+    made = put(pick(logits, cache), jnp.int32(0), alive, *empty)
+    (*_, tokens, lengths), cache = jax.lax.while_loop(unfinished, step, (made, cache))
+    return Generation(tokens, lengths, cache)
 
 
-def sample(
-    logits: Float[Array, "b V"],
-    key: Array | None = None,
-    temperature: Float[Array, ""] | None = None,
-    top_k: Int[Array, ""] | int | None = None,
-    top_p: Float[Array, ""] | None = None,
-) -> Int[Array, "b"]:
-    """One token per row: argmax without a temperature, else a draw, on the device.
-
-    top_k keeps the k most probable tokens; top_p then keeps the smallest set of them
-    whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751, section
-    3.1). Of equally probable tokens the first come first. Nothing is sorted: see
-    `_keep`.
-    """
-    if temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32)
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # no overflow
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    if top_k is not None:
-        logits = _keep(logits, jnp.ones_like(logits), top_k)
-    if top_p is not None:
-        p = jax.nn.softmax(logits)
-        logits = _keep(logits, p, jnp.where(top_p < 1, top_p, jnp.inf))
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+STATIC = "read", "config", "masked", "goes_on", "size"
+_program = jax.jit(_generation, static_argnames=STATIC, donate_argnames="cache")
+_inner_program = jax.jit(_generation, static_argnames=STATIC)  # inside another program
 
 
-def _keep(logits, weights, enough):
-    """-inf for all but the largest logits, as few as hold `enough` of the weights.
-
-    The threshold is the largest one at which those above it hold too little, and it is
-    found bit by bit: 32 passes over a row, where a sort of it takes ten times as long.
-    Logits here are at most 0, and positive floats are ordered as their bits are: the
-    smaller these integers, the more probable the token.
-    """
-    bits = jax.lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)
-    enough = jnp.broadcast_to(jnp.asarray(enough, weights.dtype), logits.shape[:1])
-
-    def held(kept):
-        return jnp.where(kept, weights, 0).sum(-1)
-
-    def halve(i, least):  # the largest bits below which there is too little
-        next_ = least + jnp.left_shift(jnp.int32(1), 30 - i)
-        return jnp.where(held(bits < next_[:, None]) < enough, next_, least)
-
-    edge = jax.lax.fori_loop(0, 31, halve, jnp.zeros(len(logits), jnp.int32))
-    above, equal = bits < edge[:, None], bits == edge[:, None]
-    before = jnp.cumsum(jnp.where(equal, weights, 0), axis=-1)
-    before = before - jnp.where(equal, weights, 0)  # of tokens of one weight
-    needed = before + held(above)[:, None] < enough[:, None]
-    return jnp.where(above | (equal & needed), logits, -jnp.inf)
+def _unless_ended(prompt, real, eos_id):
+    """No real tokens for a row that goes on with eos_id alone, as it has ended."""
+    if eos_id is None:
+        return real
+    xp = jnp if is_traced(prompt) or isinstance(prompt, jax.Array) else np
+    return xp.where((real == 1) & (prompt[:, 0] == eos_id), 0, real)
 
 
 def bucket(size: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96 ... that holds size."""
+    """The smallest of 1, 16, 24, 32, 48, 64, 96 ... that holds size."""
+    if size == 1:
+        return 1
     octave = 16
     while octave < size:
         if octave + octave // 2 >= size:
             return octave + octave // 2
         octave *= 2
     return octave
-
-
-def _check(params, config, prompt, n, lengths, temperature, top_k, top_p, eos_id, key):
-    """Raise ValueError for arguments that make no sense; return the `Options`."""
-    check_is("config", config, Mamba2Config)
-    check_params(params, config)
-    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
-    check_size("max_new_tokens", n)
-    if not is_number(temperature) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: {told(temperature)}; it must be 0 or more")
-    if top_k is not None:
-        check_integers("top_k", top_k, ())
-        check_range("top_k", top_k, 1, config.vocab_size)
-        top_k = jnp.int32(top_k)
-    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p: {told(top_p)}; it must be above 0 and at most 1")
-    if eos_id is not None:
-        check_integers("eos_id", eos_id, ())
-        check_range("eos_id", eos_id, 0, config.vocab_size - 1)
-        eos_id = jnp.int32(eos_id)
-    if np.float32(temperature) < np.finfo(np.float32).tiny:  # the limit of small ones
-        return Options(eos_id=eos_id)
-    if key is None:
-        raise ValueError("key: None; sampling (temperature > 0) needs a jax.random.key")
-    check_key(key)
-    top_p = None if top_p is None else jnp.float32(top_p)
-    return Options(jnp.float32(temperature), top_p, eos_id, key, top_k)

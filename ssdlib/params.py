@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ssdlib._checks import check_is, check_key, floating, told
+from ssdlib._checks import check_is, check_key, described, floating
 from ssdlib.config import Mamba2Config
 
-__all__ = ["Params", "check_params", "init_params"]
+__all__ = ["Params", "check_params", "checked_params", "init_params"]
 
 Params = dict
 
@@ -79,7 +79,9 @@ def check_params(params, config: Mamba2Config | None = None, name="params") -> N
     tree = params if isinstance(params, dict) else {}
     layers, embedding = tree.get("layers"), tree.get("embedding")
     if not isinstance(layers, (tuple, list)) or not hasattr(embedding, "shape"):
-        raise ValueError(f"{name}: {told(params)}; it must be what init_params returns")
+        raise ValueError(
+            f"{name}: {described(params)}; it must be what init_params returns"
+        )
     if config is not None:
         got = len(layers), *embedding.shape
         want = config.n_layers, config.vocab_size, config.d_model
@@ -88,3 +90,15 @@ def check_params(params, config: Mamba2Config | None = None, name="params") -> N
                 f"{name}: (layers, rows and columns of the embedding) is {got}; config "
                 f"asks for {want}"
             )
+
+
+def checked_params(params, config: Mamba2Config) -> Params:
+    """The parameters, if config is one and they are its own; layers as a tuple.
+
+    A list of layers would be another pytree, and compile every program again.
+    """
+    check_is("config", config, Mamba2Config)
+    check_params(params, config)
+    if isinstance(params["layers"], tuple):
+        return params
+    return params | {"layers": tuple(params["layers"])}

@@ -1,20 +1,41 @@
-"""What is written differently for a chip: equal results, by rules that were measured.
+"""What is written differently for a chip, by measured rule, and for many chips.
 
-A program holds one variant only, that of the platform for which it is lowered.
-Chapter 14 shows in the compiled programs what each rule changes.
+    (a₁, h₁) ∘ (a₂, h₂) = (a₁ a₂, a₂ h₁ + h₂)
+
+A program holds one variant only, that of the platform for which it is lowered. Chapter
+14 shows in the compiled programs what each rule changes.
+
+A block that is spread over a mesh of devices needs seven things from other devices.
+Each is a function of `Axes` here, and does nothing on one device. Along `seq`, segments
+of the tokens leave pairs (decay, state) behind, and ∘ is associative: any split is
+exact.
+Source: Dao and Gu 2024 (arXiv 2405.21060), section 8; Hillis and Steele 1986, "Data
+parallel algorithms" (CACM 29:12), for the combination in log₂ n rounds.
 """
 
 from functools import partial
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 
-from ssdlib.chunked import ssd_chunked
+from ssdlib.chunked import ssd_chunked, ssd_in_spans
+from ssdlib.recurrence import accumulator, log_decay, merge_heads, split_heads
 
-__all__ = ["CHUNK", "by_rows", "product", "ssd"]
+__all__ = [
+    "LONGEST_CHUNK",
+    "ONE_DEVICE",
+    "Axes",
+    "linear",
+    "ssd",
+    "ssd_segment",
+    "with_enough_rows",
+]
 
-CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # longest chunk of a prefill
-SPANS = {"cpu": 2}  # least steps of its scan; XLA removes a loop of one
+# --- what a chip asks for -------------------------------------------------------------
+
+LONGEST_CHUNK = {"cpu": 64, "tpu": 128, "default": 256}  # tokens, in a prefill
+FEWEST_SPANS = {"cpu": 2}  # steps of the scan over spans
 FEW_ROWS = 32  # of a product on a CPU
 PARTS = 4  # of a product of one row on a CPU
 
@@ -27,13 +48,13 @@ def ssd(chunk_size, *args):
     """
 
     def on(platform):
-        Q, spans = min(CHUNK[platform], chunk_size), SPANS.get(platform, 1)
-        return partial(ssd_chunked, *args, chunk_size=Q, spans=spans)
+        Q = min(LONGEST_CHUNK[platform], chunk_size)
+        return partial(ssd_in_spans, Q, FEWEST_SPANS.get(platform, 1), *args)
 
-    return jax.lax.platform_dependent(**{k: on(k) for k in CHUNK})
+    return lax.platform_dependent(**{k: on(k) for k in LONGEST_CHUNK})
 
 
-def by_rows(fn, b, dtype):
+def with_enough_rows(fn, b, dtype):
     """fn(rows): rows is b, or more where products of few rows are slow.
 
     A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
@@ -43,10 +64,15 @@ def by_rows(fn, b, dtype):
     """
     least = {"tpu": 8} | ({"cpu": 2} if dtype == jnp.bfloat16 else {})
     padded = {platform: partial(fn, n) for platform, n in least.items() if n > b}
-    return jax.lax.platform_dependent(default=partial(fn, b), **padded)
+    return lax.platform_dependent(default=partial(fn, b), **padded)
 
 
-def product(W, u, dtype):
+def pad_rows(v, rows):
+    """Zeros below v, up to so many rows."""
+    return jnp.pad(v, [(0, rows - len(v))] + [(0, 0)] * (v.ndim - 1))
+
+
+def linear(W, u, dtype):
     """W u over the last axis of u, with W stored as (outputs, inputs).
 
     XLA on a CPU needs advice. In 16 bits, ask for sums in float32, or the whole
@@ -70,6 +96,140 @@ def product(W, u, dtype):
         if not 1 < rows <= FEW_ROWS:
             return plain(W, u)
         y = jnp.einsum("ri,oi->or", u.reshape(rows, -1), W)
-        return jax.lax.optimization_barrier(y).T.reshape(*u.shape[:-1], -1)
+        return lax.optimization_barrier(y).T.reshape(*u.shape[:-1], -1)
 
-    return jax.lax.platform_dependent(W, u, cpu=on_cpu, default=plain)
+    return lax.platform_dependent(W, u, cpu=on_cpu, default=plain)
+
+
+def rms_norm(v, weight, eps, groups=1):
+    """v / sqrt(mean(v²) + eps) * weight, each of `groups` parts by itself; float32.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    v = v.astype(accumulator(v))
+    parts = v.reshape(*v.shape[:-1], groups, -1)
+    parts = parts * inverse_rms(parts, eps)
+    return parts.reshape(v.shape) * jnp.broadcast_to(weight.astype(v.dtype), v.shape)
+
+
+def inverse_rms(v, eps):
+    """1 / sqrt(mean(v²) + eps) over the last axis."""
+    return lax.rsqrt(jnp.mean(v**2, axis=-1, keepdims=True) + eps)
+
+
+# --- what crosses from device to device -----------------------------------------------
+
+
+class Axes(NamedTuple):
+    """Names of mesh axes inside `jax.shard_map`; None where nothing is split.
+
+    model: splits heads, with their groups and projections.
+    seq:   splits the tokens of a prefill in segments.
+    """
+
+    model: str | None = None
+    seq: str | None = None
+
+
+ONE_DEVICE = Axes()
+
+
+def real_tokens_from_here(lengths, T, axes: Axes):
+    """Real tokens from this device's first on; negative past a row's end."""
+    return lengths if axes.seq is None else lengths - lax.axis_index(axes.seq) * T
+
+
+def embed(embedding, tokens, vocab_size, axes: Axes):
+    """Rows of the embedding, from whichever device has each; NaN for unknown tokens."""
+    if axes.model is None:
+        at = embedding.at[tokens]
+        r = at.get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
+        return r.astype(accumulator(r))
+    v = len(embedding)
+    row = tokens - lax.axis_index(axes.model) * v
+    here = ((row >= 0) & (row < v))[..., None]
+    r = jnp.where(here, embedding[jnp.clip(row, 0, v - 1)], 0)
+    r = lax.psum(r.astype(accumulator(r)), axes.model)
+    return jnp.where(((tokens >= 0) & (tokens < vocab_size))[..., None], r, jnp.nan)
+
+
+def inputs_before(parts, conv, axes: Axes):
+    """The convolution's inputs before this segment: the left neighbor's last ones.
+
+    Those before the first segment are the cache's.
+    """
+    if axes.seq is None:
+        return conv
+    n, K = lax.axis_size(axes.seq), conv.shape[1]
+    last = jnp.concatenate([v[:, v.shape[1] - K :] for v in parts], axis=-1)
+    right = [(i, i + 1) for i in range(n - 1)]
+    halo = lax.ppermute(last.astype(conv.dtype), axes.seq, right)
+    return jnp.where(lax.axis_index(axes.seq) == 0, conv, halo)
+
+
+def ssd_over_segments(chunk_size, x, dt, A, B, C, D, h0, axes: Axes):
+    """`ssd` on one device, `ssd_segment` over the devices of `seq`."""
+    if axes.seq is None:
+        return ssd(chunk_size, x, dt, A, B, C, D, h0)
+    return ssd_segment(x, dt, A, B, C, D, h0, chunk_size, axes.seq)
+
+
+def ssd_segment(x, dt, A, B, C, D, h0, chunk_size: int, axis: str = "seq"):
+    """`ssd_chunked` on one segment a device: y_t += exp(Σ_{s≤t} dt_s A) h_in C_t.
+
+    Call it inside `shard_map`, with the tokens of each device on its `axis`, h0 the
+    state before the first device's. Every segment is scanned at once from zero; then
+    ⌈log₂ n⌉ rounds of ∘ and a shift give each device the state h_in that enters it.
+    Each round sends b H (P N + 1) numbers a device, whatever T is. Returns (y, the
+    state after the last segment, on every device).
+    """
+    n, i = lax.axis_size(axis), lax.axis_index(axis)
+    h0 = jnp.where(i == 0, h0, 0)
+    y, h = ssd_chunked(x, dt, A, B, C, D, h0, chunk_size)
+    log_a = jnp.cumsum(log_decay(dt, A), axis=1)
+    a, k = jnp.exp(log_a[:, -1]), 1
+    while k < n:  # after the round of k, device i has combined segments i-2k+1..i
+        pairs = [(j, j + k) for j in range(n - k)]
+        a_left, h_left = lax.ppermute((a, h), axis, pairs)  # zeros from nobody
+        h = a[..., None, None] * h_left + h
+        a, k = a * a_left, 2 * k
+    h_in = lax.ppermute(h, axis, [(j, j + 1) for j in range(n - 1)])
+    G = B.shape[2]
+    read = jnp.einsum("blgn,bgrpn->blgrp", C.astype(h.dtype), split_heads(h_in, G, 1))
+    read = jnp.exp(log_a)[..., None] * merge_heads(read, 2)
+    y = (y.astype(h.dtype) + read).astype(y.dtype)
+    return y, lax.psum(jnp.where(i == n - 1, h, 0), axis)
+
+
+def gated_norm(y, weight, config, b, axes: Axes):
+    """`rms_norm` of each group; one that lies on several devices adds up its parts.
+
+    Only b rows are real, and sent.
+    """
+    n, G, eps = 1, config.n_groups, config.norm_eps
+    if axes.model is not None:
+        n = lax.axis_size(axes.model)
+    if G >= n:
+        return rms_norm(y, weight, eps, G // n)
+    y = y.astype(accumulator(y))
+    group = lax.axis_index(axes.model) * G // n
+    mine = jnp.arange(G)[:, None, None] == group
+    means = jnp.where(mine, jnp.mean(y[:b] ** 2, axis=-1)[None], 0)  # (G, b, T)
+    mean = lax.psum(means, axes.model)[group][..., None] * (G / n)
+    mean = pad_rows(mean, len(y))
+    return y * lax.rsqrt(mean + eps) * weight.astype(y.dtype)[None, None]
+
+
+def sum_over_heads(out, b, axes: Axes):
+    """The sum of what all devices of `model` made of their heads, for b real rows."""
+    if axes.model is None:
+        return out
+    return pad_rows(lax.psum(out[:b], axes.model), len(out))
+
+
+def from_last_token(v, left, T, axes: Axes):
+    """What the device with a row's last real token has, on every device of `seq`."""
+    if axes.seq is None:
+        return v
+    owner = ((left > 0) & (left <= T)).reshape(-1, *(1,) * (v.ndim - 1))
+    return lax.psum(jnp.where(owner, v, 0), axes.seq)

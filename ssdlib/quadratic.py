@@ -89,7 +89,7 @@ def ssd_quadratic(
     G, dtype = B.shape[-2], jnp.result_type(x)
     x, dt, A, B, C = to_accumulator(x, dt, A, B, C)
     decays = Decays.of(log_decay(dt, A))
-    y, h = dual(x, dt, decays, B, C)
+    y, h = read_inputs(x, dt, decays, B, C)
     if h0 is not None:
         h0 = split_state(jnp.asarray(h0, h.dtype), G)
         y = y + read_state(decays, C, h0)
@@ -134,7 +134,7 @@ class Decays(NamedTuple):
         return cls(hi, lo, *ends)
 
 
-def dual(x, dt, decays: Decays, B, C) -> tuple[Array, Array]:
+def read_inputs(x, dt, decays: Decays, B, C) -> tuple[Array, Array]:
     """y = (L ∘ C Bᵀ)(dt x) and the state that x leaves, Bᵀ(to_end dt x)."""
     G = B.shape[-2]
     dt_x = dt[..., None] * x

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ssdlib.config import Mamba2Config
-from ssdlib.platforms import CHUNK
+from ssdlib.platforms import LONGEST_CHUNK
 
 __all__ = [
     "HARDWARE",
@@ -136,7 +136,7 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
 
 def counted(config: Mamba2Config, platform: str) -> Mamba2Config:
     """The config with the chunks that a prefill takes on this platform."""
-    longest = CHUNK.get(platform, CHUNK["default"])
+    longest = LONGEST_CHUNK.get(platform, LONGEST_CHUNK["default"])
     return replace(config, chunk_size=min(longest, config.chunk_size))
 
 

@@ -18,12 +18,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as S
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ssdlib import cache as one_device
-from ssdlib._checks import check_is, check_size, told
-from ssdlib.cache import Cache
+from ssdlib._checks import check_is, check_size, described
+from ssdlib.cache import Cache, check_layout
 from ssdlib.config import Mamba2Config
 from ssdlib.params import Params
 from ssdlib.params import check_params as check_tree
@@ -100,9 +99,13 @@ def _rows(config, mesh: AnyMesh, key: str, i: int) -> list[tuple[int, int]]:
     return rows
 
 
-def spec(key: str) -> S:
+def spec(key: str) -> PartitionSpec:
     """How a parameter is split: over `model` or not at all."""
-    return {0: S("model"), 1: S(None, "model"), None: S()}[AXIS.get(key, 0)]
+    return {
+        0: PartitionSpec("model"),
+        1: PartitionSpec(None, "model"),
+        None: PartitionSpec(),
+    }[AXIS.get(key, 0)]
 
 
 def map_params(fn, params: Params) -> Params:
@@ -202,7 +205,7 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
             axis if axis and v.shape[i] % mesh.shape[axis] == 0 else None
             for i, axis in enumerate(axes)
         )
-        return jax.device_put(v, NamedSharding(mesh, S(*fits)))
+        return jax.device_put(v, NamedSharding(mesh, PartitionSpec(*fits)))
 
     if not isinstance(tree, Cache):
         check_tree(tree, name="tree")
@@ -215,13 +218,15 @@ def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
     return Cache(
         conv=jax.tree.map(lambda v: rows(v, "data", None, None), tree.conv),
         h=jax.tree.map(lambda v: rows(v, "data", "model", None, None), tree.h),
+        length=jax.tree.map(lambda v: rows(v, "data"), tree.length),
     )
 
 
 def cache_spec(config: Mamba2Config) -> Cache:
     """How a cache is split: rows over `data`, channels and heads over `model`."""
-    h = S("data", "model")
-    return Cache(conv=S("data", None, None, "model"), h=(h,) * config.n_layers)
+    h = PartitionSpec("data", "model")
+    conv, length = PartitionSpec("data", None, None, "model"), PartitionSpec("data")
+    return Cache(conv=conv, h=(h,) * config.n_layers, length=length)
 
 
 def init_cache(
@@ -232,12 +237,9 @@ def init_cache(
     Raises ValueError if `data` does not divide the batch size.
     """
     shapes = cache_shapes(config, mesh, batch_size, dtype)
-    shardings = jax.tree.map(lambda v: v.sharding, shapes)
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes),
-        out_shardings=shardings,
+    return jax.tree.map(
+        lambda v: jnp.zeros(v.shape, v.dtype, device=v.sharding), shapes
     )
-    return zeros()
 
 
 def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
@@ -259,7 +261,9 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
 def check_mesh(mesh) -> None:
     """Raise ValueError unless mesh has the axes of `make_mesh`."""
     if not isinstance(mesh, AnyMesh) or set(mesh.axis_names) != {*AXES}:
-        what = f"axes {mesh.axis_names}" if isinstance(mesh, AnyMesh) else told(mesh)
+        what = (
+            f"axes {mesh.axis_names}" if isinstance(mesh, AnyMesh) else described(mesh)
+        )
         raise ValueError(f"mesh: {what}; it must have the axes {', '.join(AXES)}")
 
 
@@ -292,9 +296,5 @@ def check_params(mesh, params) -> None:
 def check_cache(config, mesh, cache, batch_size) -> None:
     """Raise ValueError unless the cache has this mesh's layout, model and batch."""
     want = cache_shapes(config, mesh, batch_size)
-    got, want = (jax.tree.map(jnp.shape, (c.conv, c.h)) for c in (cache, want))
-    if got != want:
-        at, need = ((conv, len(h), h[:1]) for conv, h in (got, want))
-        raise ValueError(
-            f"cache: (conv, layers, h) is {at}; this mesh and batch need {need}"
-        )
+    conv, h = jax.tree.map(jnp.shape, (want.conv, list(want.h)))
+    check_layout(cache, conv, h, "this mesh and batch need")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-from ssdlib._checks import told
+from ssdlib._checks import described
 from ssdlib.roofline import HARDWARE
 
 __all__ = ["TARGETS", "CompilerMissing", "compile_with", "tpu_slice"]
@@ -141,7 +141,7 @@ def compile_with(target: str, fn, args: tuple, donate_argnums=()):
     to install, if its compiler is not here.
     """
     if not callable(fn):
-        raise ValueError(f"fn: {told(fn)}; it must be a function")
+        raise ValueError(f"fn: {described(fn)}; it must be a function")
     if not isinstance(target, str) or target not in TARGETS:
         raise ValueError(f"target: {target!r}; it must be one of {', '.join(TARGETS)}")
     donated = jax.tree.leaves(donate_argnums)  # a number, or several

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib.config import Mamba2Config
+from ssdlib.evaluate import next_token_loss
 from ssdlib.model import ArrayLike, forward
 from ssdlib.params import Params, init_params
 from ssdlib.weights import save
@@ -91,9 +91,9 @@ def loss(
     params: Params, config: Mamba2Config, tokens: Int[ArrayLike, "b T"]
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood of each next token, in nats."""
-    logits = forward(params, config, tokens[:, :-1])
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
+    return next_token_loss(
+        forward(params, config, tokens[:, :-1]), tokens[:, 1:]
+    ).mean()
 
 
 def train(
@@ -152,10 +152,8 @@ def bits_per_byte(
 ) -> float:
     """Mean -log2 p of the bytes of text, read after (but not counting) context."""
     tokens = np.frombuffer(context + text, np.uint8).astype(np.int32)[None]
-    logits = forward(params, config, tokens[:, :-1])[:, -len(text) :]
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    target = tokens[:, -logits.shape[1] :, None]
-    return float(-jnp.take_along_axis(log_p, target, axis=-1).mean()) / math.log(2)
+    loss = next_token_loss(forward(params, config, tokens[:, :-1]), tokens[:, 1:])
+    return float(loss[:, -len(text) :].mean()) / math.log(2)
 
 
 def order2_bits_per_byte(text: bytes, context: bytes) -> float:

@@ -1,5 +1,7 @@
 """A strict world: no silent promotion of dtypes or ranks, full-precision products."""
 
+import contextlib
+
 import jax
 import jaxtyping
 import pytest
@@ -22,3 +24,22 @@ def as_user():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def compilations():
+    """with compilations() as log: names of what JAX traced or compiled meanwhile."""
+
+    @contextlib.contextmanager
+    def record():
+        log, on = [], [True]
+
+        def listen(event, duration, **facts):
+            if on[0] and ("trace" in event or "compile" in event):
+                log.append((event, facts.get("fun_name")))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        yield log
+        on[0] = False  # a listener cannot be removed
+
+    return record

@@ -17,11 +17,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 from inputs import ssd_inputs
-from jax.sharding import PartitionSpec as S
+from jax.sharding import PartitionSpec
 from oracle import error, ssd
 
 import ssdlib
-from ssdlib import Mamba2Config, parallel, sharding, tensor_files, traffic
+from ssdlib import Mamba2Config, parallel, platforms, sharding, tensor_files, traffic
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -95,7 +95,7 @@ def spread(shape):
     tokens, read = rng.integers(0, config.vocab_size, (2, 8, T))
     _, cache = ssdlib.prefill(params, config, read)
     split = sharding.spread(cache, mesh)
-    rows = jax.device_put(tokens, jax.NamedSharding(mesh, S("data")))
+    rows = jax.device_put(tokens, jax.NamedSharding(mesh, PartitionSpec("data")))
     logits = ssdlib.forward(there, config, rows)
     logits_star = ssdlib.forward(params, config, tokens)
     got = ssdlib.generate(there, config, tokens, 24, cache=split)
@@ -125,10 +125,10 @@ def segments(regime):
     with jax.enable_x64(True):
         arrays = ssd_inputs(40, regime=regime, dtype=np.float64)
         y_star, h_star = ssd(*arrays)
-        token, whole = S(None, "seq"), S()
+        token, whole = PartitionSpec(None, "seq"), PartitionSpec()
         specs = (token, token, whole, token, token, whole, whole)
         run = jax.shard_map(
-            lambda *a: parallel.ssd_segment(*a, chunk_size=3),
+            lambda *a: platforms.ssd_segment(*a, chunk_size=3),
             mesh=mesh,
             in_specs=specs,
             out_specs=(token, whole),

@@ -20,6 +20,7 @@ from ssdlib.attention import (
     init_cache,
     init_params,
     prefill,
+    stream,
 )
 
 CONFIG = AttentionConfig(
@@ -159,12 +160,13 @@ def test_scores_depend_on_the_distance_of_two_tokens_only():
 
 def test_the_compiled_loop_equals_a_loop_on_the_host():
     params, config, prompt = model()
-    tokens, cache = generate(params, config, prompt, 12)
+    tokens, _, cache = generate(params, config, prompt, 12)
     logits, host_cache = prefill(params, config, prompt, init_cache(config, 2, 31))
-    for i in range(12):
+    for i in range(12):  # the last token is made and not read
+        if i:
+            logits, host_cache = decode_step(params, config, token, host_cache)
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         np.testing.assert_array_equal(tokens[:, i], token)
-        logits, host_cache = decode_step(params, config, token, host_cache)
     for ours, theirs in zip(
         jax.tree.leaves(cache), jax.tree.leaves(host_cache), strict=True
     ):
@@ -173,11 +175,31 @@ def test_the_compiled_loop_equals_a_loop_on_the_host():
 
 def test_generation_goes_on_from_a_cache_that_stays_valid():
     params, config, prompt = model()
-    whole, _ = generate(params, config, prompt, 9)
+    whole = generate(params, config, prompt, 9).tokens
     _, cache = prefill(params, config, prompt[:, :-1], init_cache(config, 2, 40))
     for _ in range(2):
-        tokens, _ = generate(params, config, prompt[:, -1:], 9, cache=cache)
+        tokens = generate(params, config, prompt[:, -1:], 9, cache=cache).tokens
         np.testing.assert_array_equal(tokens, whole)
+
+
+def test_the_baseline_draws_ends_and_streams_as_the_model_does():
+    params, config, prompt = model()
+    how = dict(temperature=20.0, top_k=20, key=jax.random.key(1))
+    free = generate(params, config, prompt, 20, **how).tokens
+    assert len(np.unique(free)) > 5
+    eos = int(free[0, 7])
+    ended = generate(params, config, prompt, 20, eos_id=eos, **how)
+    for row, n, unbound in zip(ended.tokens, ended.lengths, free, strict=True):
+        assert n == (list(unbound).index(eos) + 1 if eos in unbound else 20)
+        np.testing.assert_array_equal(row[:n], unbound[:n])
+        assert (np.asarray(row)[n:] == eos).all()
+    blocks = stream(params, config, prompt, 20, block=6, **how)
+    np.testing.assert_array_equal(np.concatenate(list(blocks), axis=1), free)
+    cache = init_cache(config, 2, prompt.shape[1] + 20)
+    first = generate(params, config, prompt, 6, cache=cache, **how)
+    rest = first.tokens[:, -1:]
+    rest = generate(params, config, rest, 14, cache=first.cache, **how).tokens
+    np.testing.assert_array_equal(np.concatenate([first.tokens, rest], 1), free)
 
 
 def test_the_loop_updates_the_cache_in_place():
@@ -185,9 +207,11 @@ def test_the_loop_updates_the_cache_in_place():
     params, config, prompt = model(b=1, T=1)
     capacity = 77
     cache = init_cache(config, 1, capacity)
-    compiled = ssdlib.attention._generate.lower(
-        params, config, prompt, cache, 5, 16
-    ).compile()
+    compiled = jax.jit(
+        lambda params, prompt, cache: generate(params, config, prompt, 16, cache=cache),
+        donate_argnums=2,
+    )
+    compiled = compiled.lower(params, prompt, cache).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
     if jax.default_backend() == "cpu":
         shape = rf"f32\[2,{capacity},{config.head_dim}\]"
@@ -264,7 +288,7 @@ def test_more_tokens_than_the_cache_holds_are_an_error():
     with pytest.raises(ValueError, match="cache: 0 of 18 tokens are taken; 19 more"):
         prefill(params, config, tokens, cache)
     with pytest.raises(ValueError, match="19 more do not fit"):
-        generate(params, config, tokens[:, :10], 9, cache=cache)
+        generate(params, config, tokens[:, :10], 10, cache=cache)
     _, full = prefill(params, config, tokens[:, :18], cache)
     with pytest.raises(ValueError, match="18 of 18 tokens are taken; 1 more"):
         decode_step(params, config, tokens[:, 18], full)

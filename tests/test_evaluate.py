@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_the_text():
         (TOKENS[:1], 4, "tokens: 1 of them"),
         (TOKENS[None], 4, r"tokens: shape \(1, 50\); it must be \(T\)"),
         (TOKENS + 60, 4, r"tokens: \d+ is outside 0\.\.60"),
-        (TOKENS, 0, "piece: 0; it must be at least 1"),
+        (TOKENS, 0, "piece: 0; it must be an integer of at least 1"),
     ],
 )
 def test_bad_input_is_named(tokens, piece, message):

@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 
 import ssdlib.quadratic
 from ssdlib import ssd_chunked, ssd_quadratic, ssd_recurrent, ssd_step
+from ssdlib.chunked import ssd_in_spans
 
 FORMS = {
     "recurrent": ssd_recurrent,
@@ -23,7 +24,7 @@ FORMS = {
     "chunked, Q=7": partial(ssd_chunked, chunk_size=7),
     "chunked, Q=T": partial(ssd_chunked, chunk_size=29),
     "chunked, Q>T": partial(ssd_chunked, chunk_size=64),
-    "chunked, 3 spans": partial(ssd_chunked, chunk_size=4, spans=3),
+    "chunked, 3 spans": partial(ssd_in_spans, 4, 3),
 }
 GROUPS = {"G=1": (4, 1), "1<G<H": (4, 2), "G=H": (4, 4), "H=1": (1, 1)}
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -88,7 +89,7 @@ def test_float32_error_does_not_grow_with_length(T):
 )
 def test_chunked_equals_recurrent_for_every_size(T, Q, spans, seed, regime):
     inputs = ssd_inputs(T, seed=seed, regime=regime)
-    ours, theirs = ssd_chunked(*inputs, Q, spans), ssd_recurrent(*inputs)
+    ours, theirs = ssd_in_spans(Q, spans, *inputs), ssd_recurrent(*inputs)
     for a, b in zip(ours, theirs, strict=True):
         assert oracle.error(a, b) <= 4e-6
 
@@ -371,3 +372,20 @@ def test_segment_sums_of_sixteen_bits_are_those_of_float32_rounded(dtype, strong
     scale = np.abs(want[below]).max()
     apart = np.abs(np.asarray(got, np.float64)[below] - want[below]).max()
     assert apart <= float(jnp.finfo(dtype).eps) * scale
+
+
+def test_a_gradient_keeps_what_enters_a_span_and_not_every_product():
+    T = 4096
+    shapes = dict(
+        x=(1, T, 4, 32), dt=(1, T, 4), A=(4,), B=(1, T, 1, 32), C=(1, T, 1, 32)
+    )
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
+
+    def total(*args):
+        return ssd_chunked(*args, chunk_size=64)[0].sum()
+
+    read, differentiate = (
+        jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        for f in (total, jax.grad(total, argnums=range(5)))
+    )
+    assert differentiate < 4 * read

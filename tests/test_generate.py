@@ -1,6 +1,7 @@
 """Generation: one compiled program, equal to the loop a reader would write."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,17 @@ from hypothesis import strategies as st
 
 from ssdlib import (
     Mamba2Config,
+    compile_for,
     decode_step,
+    forward,
     generate,
     init_cache,
     init_params,
     prefill,
     stream,
 )
-from ssdlib.generate import Options, _generate_jit, _keep, bucket, sample
+from ssdlib.generate import LONGEST, bucket
+from ssdlib.sample import _keep, sample
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(3))
@@ -37,12 +41,12 @@ each_sampler = pytest.mark.parametrize("how", SAMPLERS.values(), ids=SAMPLERS.ke
 
 
 def host_loop(prompt, n, cache=None):
-    """Greedy decoding in Python, one call a token."""
+    """Greedy decoding in Python, one call a token; the last is made and not read."""
     logits, cache = prefill(PARAMS, CONFIG, prompt, cache)
-    tokens = []
-    for _ in range(n):
-        tokens.append(np.asarray(logits).argmax(-1))
+    tokens = [np.asarray(logits).argmax(-1)]
+    for _ in range(n - 1):
         logits, cache = decode_step(PARAMS, CONFIG, tokens[-1], cache)
+        tokens.append(np.asarray(logits).argmax(-1))
     return np.stack(tokens, axis=1), cache
 
 
@@ -97,12 +101,78 @@ def test_a_padded_row_generates_what_it_would_alone(lengths):
 def test_a_conversation_goes_on_without_reading_the_past_again():
     first = generate(PARAMS, CONFIG, PROMPT, 9)
     kept = jax.tree.map(np.asarray, first.cache)
-    reply = generate(PARAMS, CONFIG, PROMPT[:, :4], 9, cache=first.cache)
+    turn = np.concatenate([first.tokens[:, -1:], PROMPT[:, :4]], axis=1)
+    reply = generate(PARAMS, CONFIG, turn, 9, cache=first.cache)
     whole = np.concatenate([PROMPT, first.tokens, PROMPT[:, :4]], axis=1)
     np.testing.assert_array_equal(
         reply.tokens, generate(PARAMS, CONFIG, whole, 9).tokens
     )
     same_cache(first.cache, kept, 0)  # the cache that was passed is intact
+
+
+LENGTHS = np.asarray([3, 11, 1])
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["", "ragged"])
+@pytest.mark.parametrize("ends", [False, True], ids=["", "eos"])
+@pytest.mark.parametrize("name", ["greedy", "top-k and top-p"])
+def test_going_on_gives_the_tokens_of_one_call(name, ends, ragged):
+    how, k = SAMPLERS[name] | (dict(lengths=LENGTHS) if ragged else {}), 5
+    free = generate(PARAMS, CONFIG, PROMPT, 24, **how)
+    if ends:  # two rows end, one of them in the first part
+        how = how | {"eos_id": int(free.tokens[1, 3])}
+    whole = generate(PARAMS, CONFIG, PROMPT, 24, **how)
+    first = generate(PARAMS, CONFIG, PROMPT, k, **how)
+    later = {name: v for name, v in how.items() if name != "lengths"}
+    later |= {"cache": first.cache}
+    rest = generate(PARAMS, CONFIG, first.tokens[:, -1:], 24 - k, **later)
+    tokens = np.concatenate([first.tokens, rest.tokens], axis=1)
+    np.testing.assert_array_equal(tokens, whole.tokens)
+    np.testing.assert_array_equal(first.lengths + rest.lengths, whole.lengths)
+    same_cache(rest.cache, whole.cache)
+    blocks = stream(PARAMS, CONFIG, first.tokens[:, -1:], 24 - k, **later)
+    blocks = np.concatenate(list(blocks), axis=1)
+    np.testing.assert_array_equal(blocks, rest.tokens[:, : blocks.shape[1]])
+
+
+@each_sampler
+def test_a_text_is_the_same_however_its_prompt_was_read(how):
+    whole = generate(PARAMS, CONFIG, PROMPT, 8, **how).tokens
+    _, cache = prefill(PARAMS, CONFIG, PROMPT[:, :6])
+    rest = generate(PARAMS, CONFIG, PROMPT[:, 6:], 8, cache=cache, **how).tokens
+    np.testing.assert_array_equal(rest, whole)
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLERS["temperature"]], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("eos_id", [None, 5])
+def test_a_row_without_tokens_stays_as_it_is(how, eos_id):
+    how, lengths = how | {"eos_id": eos_id}, np.asarray([11, 0, 4])
+    out = generate(PARAMS, CONFIG, PROMPT, 20, lengths=lengths, **how)
+    assert int(out.lengths[1]) == 0
+    assert (np.asarray(out.tokens[1]) == (eos_id or 0)).all()
+    for v in jax.tree.leaves(out.cache):
+        assert not v[1].any()
+    other = generate(
+        PARAMS, CONFIG, PROMPT, 20, lengths=lengths + (lengths == 0) * 7, **how
+    )
+    np.testing.assert_array_equal(out.tokens[::2], other.tokens[::2])
+    blocks = stream(PARAMS, CONFIG, PROMPT, 20, lengths=lengths, block=6, **how)
+    blocks = np.concatenate(list(blocks), axis=1)
+    np.testing.assert_array_equal(blocks, out.tokens[:, : blocks.shape[1]])
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLERS["temperature"]], ids=["greedy", "drawn"])
+def test_a_long_prompt_is_read_in_pieces(how, monkeypatch):
+    lengths = np.asarray([40, 7, 0, 16, 17, 1])
+    prompt = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (6, 40))
+    whole = generate(PARAMS, CONFIG, prompt, 9, lengths=lengths, **how)
+    monkeypatch.setattr(sys.modules["ssdlib.generate"], "LONGEST", 16)
+    cut = generate(PARAMS, CONFIG, prompt, 9, lengths=lengths, **how)
+    np.testing.assert_array_equal(cut.tokens, whole.tokens)
+    np.testing.assert_array_equal(cut.lengths, whole.lengths)
+    same_cache(cut.cache, whole.cache)
+    full = generate(PARAMS, CONFIG, prompt, 9, **how)
+    np.testing.assert_array_equal(full.tokens[0], whole.tokens[0])
 
 
 def test_a_row_ends_at_eos_and_the_rest_is_filled():
@@ -116,12 +186,12 @@ def test_a_row_ends_at_eos_and_the_rest_is_filled():
         assert (np.asarray(row)[n:] == eos).all()
 
 
-def test_the_cache_of_an_ended_row_stays_at_its_end():
+def test_the_cache_of_an_ended_row_has_read_all_but_its_end():
     free = np.asarray(generate(PARAMS, CONFIG, PROMPT, 32).tokens)
     eos = int(free[1, 6])
     out = generate(PARAMS, CONFIG, PROMPT, 32, eos_id=eos)
     for i, n in enumerate(np.asarray(out.lengths)):
-        read = np.concatenate([PROMPT[i], out.tokens[i, :n]])[None]
+        read = np.concatenate([PROMPT[i], out.tokens[i, : n - 1]])[None]
         _, cache = prefill(PARAMS, CONFIG, read)
         same_cache(jax.tree.map(lambda v, i=i: v[i : i + 1], out.cache), cache)
 
@@ -140,7 +210,7 @@ def test_the_loop_stops_once_every_row_has_ended():
 
 def frequencies(n=20_000, **how):
     logits = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.07, 0.03]))
-    draw = jax.jit(jax.vmap(lambda k: sample(logits[None], k, **how)[0]))
+    draw = jax.jit(jax.vmap(lambda k: sample(logits[None], k[None], **how)[0]))
     return np.bincount(draw(jax.random.split(KEY, n)), minlength=5) / n
 
 
@@ -167,7 +237,8 @@ def test_samplers_draw_from_the_distribution_they_promise(how, p):
 
 def test_top_p_keeps_no_token_beyond_those_that_reach_it_exactly():
     logits = jnp.log(jnp.asarray([[0.3, 0.1, 0.1, 0.5]]))
-    draw = jax.vmap(lambda k: sample(logits, k, jnp.float32(1), None, jnp.float32(0.8)))
+    limits = jnp.float32(1), None, jnp.float32(0.8)
+    draw = jax.vmap(lambda k: sample(logits, k[None], *limits))
     assert set(np.unique(draw(jax.random.split(KEY, 2000)))) == {0, 3}
 
 
@@ -237,19 +308,52 @@ def test_consecutive_draws_are_independent_and_have_the_promised_frequencies(
     assert chi2 <= freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_limits_that_change_compile_nothing_new(as_user):
-    how = dict(temperature=0.8, top_k=5, top_p=0.7, key=KEY)
-    generate(PARAMS, CONFIG, PROMPT, 4, **how)
-    known = _generate_jit._cache_size()
-    for change in (
-        dict(top_k=6),
-        dict(top_k=np.int64(7)),
-        dict(top_p=0.5),
-        dict(temperature=1.3),
-        dict(key=jax.random.key(8)),
-    ):
-        generate(PARAMS, CONFIG, PROMPT, 5, **how | change)
-    assert _generate_jit._cache_size() == known
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize(
+    ("change", "traces"),
+    [
+        (dict(top_k=6), 0),
+        (dict(top_k=np.int64(7)), 0),
+        (dict(top_p=0.5), 0),
+        (dict(temperature=1.3), 0),
+        (dict(key=jax.random.key(8)), 0),
+        (dict(max_new_tokens=5), 0),
+        (dict(max_new_tokens=np.int64(4)), 0),
+        (dict(prompt=PROMPT.astype(np.uint8)), 0),
+        (dict(prompt=jnp.asarray(PROMPT, jnp.int32)), 0),
+        (dict(prompt=PROMPT[:, :7]), 0),
+        (dict(lengths=np.asarray([4, 5, 6], np.int16)), 0),
+        (dict(params=PARAMS | {"layers": list(PARAMS["layers"])}), 0),
+        (dict(eos_id=np.int64(3)), 0),
+        (dict(max_new_tokens=17), 1),  # another program: the count can see one
+    ],
+)
+def test_a_second_call_compiles_and_traces_nothing(change, traces, compilations):
+    arguments = dict(params=PARAMS, prompt=PROMPT, max_new_tokens=4)
+    arguments |= dict(temperature=0.8, top_k=5, top_p=0.7, key=KEY)
+    if "lengths" in change or "eos_id" in change:
+        arguments |= dict(lengths=np.asarray([1, 2, 3]), eos_id=2)
+    generate(config=CONFIG, **arguments)
+    with compilations() as log:
+        generate(config=CONFIG, **arguments | change)
+    assert bool(log) == bool(traces), log
+
+
+@pytest.mark.usefixtures("as_user")
+def test_reading_and_stepping_again_compile_and_trace_nothing(compilations):
+    lengths, lists = np.asarray([4, 5, 6]), PARAMS | {"layers": list(PARAMS["layers"])}
+    _, cache = prefill(PARAMS, CONFIG, PROMPT, None, lengths)
+    forward(PARAMS, CONFIG, PROMPT, lengths)
+    decode_step(PARAMS, CONFIG, PROMPT[:, 0], cache)
+    prefill(PARAMS, CONFIG, PROMPT, piece=4)
+    with compilations() as log:
+        for params, dtype in ((lists, np.int64), (PARAMS, np.uint8)):
+            tokens, some = PROMPT.astype(dtype), lengths.astype(np.int16)
+            forward(params, CONFIG, tokens, some)
+            decode_step(params, CONFIG, tokens[:, 0], cache)
+            prefill(params, CONFIG, tokens, None, some)
+            prefill(params, CONFIG, tokens[:, :9], piece=4)
+    assert not log
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324])
@@ -261,7 +365,7 @@ def test_a_temperature_that_vanishes_in_float32_is_greedy(temperature):
 
 def test_a_temperature_near_zero_is_greedy():
     logits = jnp.asarray([[1.0, 3.0, 2.0], [-5.0, -9.0, -7.0]])
-    tokens = sample(logits, KEY, jnp.float32(1e-30))
+    tokens = sample(logits, jax.random.split(KEY, 2), jnp.float32(1e-30))
     np.testing.assert_array_equal(tokens, [1, 0])
 
 
@@ -276,14 +380,15 @@ def test_temperature_sharpens():
 
 
 def compiled(config, T=64, size=48, b=2, how=None):
-    """The compiled program behind `generate`, for a prompt of T tokens."""
+    """The compiled program of `generate`, for a prompt of T tokens."""
     params = init_params(config, jax.random.key(0))
-    cache = init_cache(config, b)
-    options = how or Options()
-    prompt = np.zeros((b, T), np.int32)
-    lengths = np.full(b, T)
-    args = params, config, prompt, lengths, cache, size, size, options
-    return _generate_jit.lower(*args).compile(), cache
+    cache, prompt = init_cache(config, b), np.zeros((b, T), np.int32)
+
+    def program(params, prompt, cache, how):
+        return generate(params, config, prompt, size, cache=cache, **how)
+
+    program = jax.jit(program, donate_argnums=2)
+    return program.lower(params, prompt, cache, how or {}).compile(), cache
 
 
 def computations(text):
@@ -310,16 +415,11 @@ def decode_loops(text, size):
     return re.findall(pattern, text)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        Options(),
-        Options(jnp.float32(1), jnp.float32(0.9), jnp.int32(3), jax.random.key(0), 20),
-    ],
-    ids=["greedy", "sampled"],
-)
-def test_generate_is_one_program_with_one_decode_loop(how):
+@each_sampler
+@pytest.mark.parametrize("eos_id", [None, 3])
+def test_generate_is_one_program_with_one_decode_loop(how, eos_id):
     Q, size = 37, 48  # sizes that no other dimension has
+    how = how if eos_id is None else how | {"eos_id": eos_id}
     program, cache = compiled(Mamba2Config.tiny(chunk_size=Q), T=96, size=size, how=how)
     text = program.as_text()
     parts = computations(text)
@@ -362,21 +462,93 @@ def test_a_longer_past_changes_neither_the_step_nor_its_memory():
     assert memory[0] == memory[1]
 
 
-def test_prompt_lengths_share_a_bounded_number_of_programs():
-    params = init_params(Mamba2Config.tiny(d_model=20), jax.random.key(0))
-    config, before = Mamba2Config.tiny(d_model=20), _generate_jit._cache_size()
-    for T in range(1, 65, 3):
-        for n in (1, 5, 16):
-            generate(params, config, np.zeros((1, T), np.int32), n)
-    buckets = {bucket(T) for T in range(1, 65)}
-    assert _generate_jit._cache_size() - before == len(buckets)
+def test_prompt_lengths_share_a_bounded_number_of_programs(compilations):
+    config = Mamba2Config.tiny(d_model=20)
+    params = init_params(config, jax.random.key(0))
+    for T in sorted({bucket(T) for T in range(1, 65)}):
+        generate(params, config, np.zeros((1, T), np.int32), 16)
+    with compilations() as log:
+        for T in range(1, 65, 3):
+            for n in (2, 5, 16):
+                generate(params, config, np.zeros((1, T), np.int32), n)
+    assert not log
+
+
+def test_prompts_beyond_the_longest_share_their_programs(monkeypatch, compilations):
+    monkeypatch.setattr(sys.modules["ssdlib.generate"], "LONGEST", 16)
+    generate(PARAMS, CONFIG, np.zeros((1, 40), np.int32), 4)
+    with compilations() as log:
+        for T in (17, 33, 65):
+            generate(PARAMS, CONFIG, np.zeros((1, T), np.int32), 4)
+    assert not log
 
 
 def test_buckets_hold_their_size_with_at_most_half_to_spare():
-    sizes = [bucket(n) for n in range(1, 65_537)]
+    sizes = [bucket(n) for n in range(1, LONGEST + 1)]
     assert all(n <= s for n, s in enumerate(sizes, 1))
     assert all(s <= 1.5 * n for n, s in enumerate(sizes, 1) if n > 16)
-    assert len(set(sizes)) == 25
+    assert len(set(sizes)) == 16
+
+
+# --- inside another program -----------------------------------------------------------
+
+
+@each_sampler
+def test_generate_can_be_compiled_with_all_arguments_traced(how):
+    lengths = np.asarray([11, 3, 1])
+    names = sorted(how)
+    program = jax.jit(
+        lambda params, prompt, lengths, values: generate(
+            params,
+            CONFIG,
+            prompt,
+            12,
+            lengths=lengths,
+            **dict(zip(names, values, strict=True)),
+        )
+    )
+    got = program(PARAMS, PROMPT, lengths, [how[name] for name in names])
+    want = generate(PARAMS, CONFIG, PROMPT, 12, lengths=lengths, **how)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    same_cache(got.cache, want.cache)
+
+
+@each_sampler
+def test_generate_can_be_mapped_over_prompts(how):
+    prompts = np.stack([PROMPT, PROMPT[::-1]])
+    mapped = jax.vmap(lambda p: generate(PARAMS, CONFIG, p, 12, **how).tokens)(prompts)
+    for prompt, tokens in zip(prompts, mapped, strict=True):
+        alone = generate(PARAMS, CONFIG, prompt, 12, **how).tokens
+        np.testing.assert_array_equal(tokens, alone)
+
+
+def test_generate_can_be_mapped_over_keys_and_parameters():
+    keys = jax.random.split(KEY, 3)
+    how = dict(temperature=0.8, top_k=5)
+    draw = jax.vmap(lambda k: generate(PARAMS, CONFIG, PROMPT, 6, key=k, **how).tokens)
+    for key, tokens in zip(keys, draw(keys), strict=True):
+        alone = generate(PARAMS, CONFIG, PROMPT, 6, key=key, **how).tokens
+        np.testing.assert_array_equal(tokens, alone)
+    both = jax.tree.map(lambda v: jnp.stack([v, v]), PARAMS)
+    tokens = jax.vmap(lambda p: generate(p, CONFIG, PROMPT, 6).tokens)(both)
+    alone = generate(PARAMS, CONFIG, PROMPT, 6).tokens
+    np.testing.assert_array_equal(tokens[1], alone)
+
+
+def test_generate_can_be_exported():
+    program = jax.jit(lambda params, p: generate(params, CONFIG, p, 12).tokens)
+    exported = jax.export.export(program, platforms=["cpu", "tpu", "cuda"])(
+        PARAMS, jnp.asarray(PROMPT, jnp.int32)
+    )
+    got = exported.call(PARAMS, jnp.asarray(PROMPT, jnp.int32))
+    np.testing.assert_array_equal(got, generate(PARAMS, CONFIG, PROMPT, 12).tokens)
+
+
+def test_generate_can_be_compiled_for_a_chip():
+    prompt = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+    program = compile_for(generate, PARAMS, CONFIG, prompt, 16)
+    assert program.flops > 0
+    assert not program.custom_calls
 
 
 # --- bad input ------------------------------------------------------------------------
@@ -396,8 +568,8 @@ def test_buckets_hold_their_size_with_at_most_half_to_spare():
         (dict(max_new_tokens=0), "max_new_tokens: 0; it must be an integer of at leas"),
         (dict(max_new_tokens=-5), "max_new_tokens: -5"),
         (dict(max_new_tokens=2.5), r"max_new_tokens: 2\.5"),
-        (dict(lengths=np.asarray([1, 2, -3])), r"lengths: -3 is outside 1\.\.11"),
-        (dict(lengths=np.asarray([1, 2, 12])), r"lengths: 12 is outside 1\.\.11"),
+        (dict(lengths=np.asarray([1, 2, -3])), r"lengths: -3 is outside 0\.\.11"),
+        (dict(lengths=np.asarray([1, 2, 12])), r"lengths: 12 is outside 0\.\.11"),
         (dict(lengths=np.asarray([1, 2])), r"lengths: shape \(2,\); it must be \(3\)"),
         (dict(temperature=-1.0), r"temperature: -1\.0; it must be 0 or more"),
         (dict(temperature=float("nan")), "temperature: nan"),

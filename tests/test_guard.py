@@ -3,7 +3,8 @@
 Two layers of the 130m model, batch 1, float32, the cache donated. Each bound is today's
 value: lower it when you improve on it, and raise none without a reason. (The counts of
 one in-projection instead of three are higher: a kernel that reads a slice of its result
-is counted with the whole, and all of its 8 rows on a TPU are.)
+is counted with the whole, and all of its 8 rows on a TPU are. One FLOP counts the
+token.)
 """
 
 from functools import cache
@@ -16,8 +17,8 @@ import ssdlib
 from ssdlib import hlo, roofline
 
 BOUNDS = {  # bytes and fusions of one more layer; FLOPs and temporary bytes of the step
-    "cpu": (18_091_532, 18, 94_433_294, 201_152),
-    "tpu-v6e": (16_677_152, 12, 199_873_931, 0),
+    "cpu": (18_091_532, 18, 94_433_295, 201_152),
+    "tpu-v6e": (16_677_152, 12, 199_873_932, 0),
 }
 BOTH = [target(name) for name in BOUNDS]
 
@@ -48,7 +49,8 @@ def test_one_token_takes_no_more_flops_and_temporary_memory(name):
 def test_the_whole_cache_is_updated_where_it_lies(name):
     *_, kept = decode_args()
     size = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(kept))
-    assert step(2, name).memory["alias"] == size
+    padding = 512 if name.startswith("tpu") else 0  # of the number of tokens read
+    assert size <= step(2, name).memory["alias"] <= size + padding
 
 
 def test_one_kernel_of_a_cpu_writes_a_state_and_none_copies_it():
