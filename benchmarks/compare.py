@@ -37,7 +37,8 @@ import report
 from peers import LIMITS, PEERS
 
 import ssdlib
-from ssdlib import bench, record
+from ssdlib.compiler import targets
+from ssdlib.measure import bench, record
 
 WHAT = "peers", "limits", "own", "growth", "context"
 SETTLE = 0.1  # seconds: the threads of the last one stop spinning
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(os, "sched_setaffinity"):  # the only limit that XLA's threads obey
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     config = ssdlib.Mamba2Config.preset(args.size)
-    facts = record.provenance(record.attached()) | {"command": command(args)}
+    facts = record.provenance(targets.attached()) | {"command": command(args)}
     facts["load"] = record.load_average()
     for name in ("size", "batch", "prompt", "tokens", "threads", "repeats"):
         facts[name] = getattr(args, name)

@@ -26,9 +26,10 @@ from estimates import programs as ours
 from mamba2_jax_hlo import PREFILL
 from mamba2_jax_hlo import programs as theirs
 
-from ssdlib import hlo, record
+from ssdlib.compiler import hlo
+from ssdlib.compiler.targets import compile_with
 from ssdlib.config import PRESETS
-from ssdlib.targets import compile_with
+from ssdlib.measure import record
 
 PATH = hlo.RECORDS / "compile_time.json"
 KEY = "who", "what", "size", "layers", "dtype", "target"

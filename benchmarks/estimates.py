@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from mamba2_jax_hlo import PREFILL
 
 import ssdlib
-from ssdlib import hlo
+from ssdlib.compiler import hlo
 from ssdlib.config import PRESETS
 
 PATH = hlo.RECORDS / "estimates.json"

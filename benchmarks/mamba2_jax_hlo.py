@@ -15,8 +15,8 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 
+from ssdlib.compiler.hlo import compile_for
 from ssdlib.config import PRESETS
-from ssdlib.hlo import compile_for
 
 PREFILL = 1024
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ssdlib
-from ssdlib import hlo, record
+from ssdlib.compiler import hlo, targets
+from ssdlib.measure import record
 
 PIECE = 8192  # tokens
 
@@ -24,7 +25,7 @@ def main() -> None:
     """Read, measure, write the record."""
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     params, config = ssdlib.load("tiny")
-    rng, device = np.random.default_rng(0), record.attached()
+    rng, device = np.random.default_rng(0), targets.attached()
     facts = record.provenance(device) | {"load": record.load_average()}
     cache, read, peaks = ssdlib.init_cache(config, 1), 0, []
     start = time.perf_counter()

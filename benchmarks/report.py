@@ -5,8 +5,8 @@ from statistics import median
 
 import numpy as np
 
-from ssdlib import roofline
-from ssdlib.hlo_view import Table
+from ssdlib.compiler.view import Table
+from ssdlib.measure import roofline
 
 BASE = "ours float32"
 

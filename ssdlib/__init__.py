@@ -1,15 +1,15 @@
 """State space duality in standard JAX: three forms of one map, and Mamba-2 on them."""
 
 from ssdlib.cache import Cache, init_cache
+from ssdlib.checkpoint.weights import load, save
 from ssdlib.chunked import ssd_chunked
+from ssdlib.compiler.hlo import compile_for
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import Generation, generate, stream
-from ssdlib.hlo import compile_for
 from ssdlib.model import decode_step, forward, prefill
 from ssdlib.params import init_params
 from ssdlib.quadratic import decay_mask, segsum, ssd_quadratic
 from ssdlib.recurrence import ssd_recurrent, ssd_step
-from ssdlib.weights import load, save
 
 __all__ = [
     "Cache",

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ssdlib import commands
+from ssdlib.companion import commands
 
 
 class Parser(argparse.ArgumentParser):

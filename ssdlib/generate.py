@@ -35,8 +35,9 @@ class Generation(NamedTuple):
 
     tokens:  (b, max_new_tokens); after its end a row is filled with eos_id.
     lengths: (b,) tokens each row produced, its eos_id counted.
-    cache:   has read all but the last token of each row. To go on from here, pass
-             `tokens[:, -1:]` as the prompt, with this cache.
+    cache:   has read all but the last token of each row.
+
+    To go on from here, pass `tokens[:, -1:]` as the prompt, with this cache.
     """
 
     tokens: Int[Array, "b n"]

@@ -30,17 +30,10 @@ from ssdlib.config import Mamba2Config
 from ssdlib.params import Params, checked_params
 from ssdlib.platforms import (
     ONE_DEVICE,
-    embed,
-    from_last_token,
-    gated_norm,
-    inputs_before,
     inverse_rms,
     linear,
     pad_rows,
-    real_tokens_from_here,
     rms_norm,
-    ssd_over_segments,
-    sum_over_heads,
     with_enough_rows,
 )
 from ssdlib.recurrence import accumulator, ssd_step
@@ -96,10 +89,10 @@ def prefill(
     if piece is None:
         return _prefill(params, config, tokens, cache, lengths)
     check_size("piece", piece)
-    logits = None
+    logits = 0.0
     for part, left in pieces(tokens, lengths, piece):
         last, cache = _prefill(params, config, part, cache, left)
-        logits = last if logits is None else jnp.where(left[:, None] > 0, last, logits)
+        logits = jnp.where(left[:, None] > 0, last, logits)
     return logits, cache
 
 
@@ -122,11 +115,7 @@ def decode_step(
 
 
 def pieces(tokens, lengths, size: int):
-    """(tokens (b, size), how many of them are real (b,)) for piece after piece.
-
-    The last piece is filled up with zeros, which are not real; `lengths` None means
-    that all tokens are.
-    """
+    """(tokens (b, size), how many of them are real (b,)) for piece after piece."""
     (b, T), xp = tokens.shape, jnp
     if not is_traced(tokens) and not is_traced(lengths):  # no program for each T
         xp, tokens = np, np.asarray(tokens)
@@ -171,10 +160,10 @@ def read(params, config, tokens, cache, lengths=None, axes=ONE_DEVICE):
         if lengths is None:
             last = r[:, -1]
         else:
-            left = real_tokens_from_here(lengths, T, axes)
+            left = axes.real_tokens_from_here(lengths, T)
             index = jnp.clip(left - 1, 0, T - 1)[:, None, None]
             last = jnp.take_along_axis(r, index, axis=1)[:, 0]
-            last = from_last_token(last, left, T, axes)
+            last = axes.from_last_token(last, left, T)
         logits = with_enough_rows(head, b, dtype)
     if lengths is not None:
         logits = jnp.where(lengths[:, None] > 0, logits, 0)
@@ -193,8 +182,8 @@ def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE
     With `rows`, the residual has so many: zeros lie below the rows of the batch.
     """
     T = tokens.shape[1]
-    r = embed(params["embedding"], tokens, config.vocab_size, axes)
-    left = real_tokens_from_here(lengths, T, axes)
+    r = axes.embed(params["embedding"], tokens, config.vocab_size)
+    left = axes.real_tokens_from_here(lengths, T)
     r, tails, h = pad_rows(r, rows or len(r)), [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
@@ -213,24 +202,22 @@ def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE
 def _block(p, config, axes, r, conv, h, left):
     """One block on r (b, T, d_model) in float32: (the next r, last inputs of conv, h).
 
-    conv, h and the weights are this device's part, and say how many heads it has.
-    `left` are the real tokens of each row from this device's first token on. r may
-    have more rows than h: the matrices multiply them too, nothing else.
+    conv, h and p are this device's part, and say how many heads it has; `left` are the
+    real tokens of a row from this device's first on. r may have more rows than h: the
+    matrices multiply them too, nothing else.
     """
     (b, H, P, N), T, d = h.shape, r.shape[1], h.shape[1] * h.shape[2]
     G = (conv.shape[-1] - d) // (2 * N)
     z, *xBC, dt = _project(p, (d, d, G * N, G * N, H), config.norm_eps, r)
     xBC = [v[:b] for v in xBC]
     real = None if left is None else jnp.clip(left, 0, T)
-    x, B, C, tail = _xBC(p, xBC, inputs_before(xBC, conv, axes), real)
-    tail = from_last_token(tail, left, T, axes)
+    x, B, C, tail = _xBC(p, xBC, axes.inputs_before(xBC, conv), real)
+    tail = axes.from_last_token(tail, left, T)
     x = x.reshape(b, T, H, P)
     B, C = (v.reshape(b, T, G, N) for v in (B, C))
 
-    dt = jax.nn.softplus(
-        dt[:b].astype(h.dtype) + p["dt_bias"][None, None].astype(h.dtype)
-    )
-    dt = jnp.clip(dt, *config.time_step_limit)
+    dt = _add_bias(dt[:b].astype(h.dtype), p["dt_bias"])
+    dt = jnp.clip(jax.nn.softplus(dt), *config.time_step_limit)
     if left is not None:  # a token of dt = 0 neither decays nor writes the state
         dt = jnp.where((jnp.arange(T)[None] < left[:, None])[..., None], dt, 0)
     A = -jnp.exp(p["A_log"])
@@ -238,15 +225,13 @@ def _block(p, config, axes, r, conv, h, left):
     if T == 1:
         y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
     else:
-        Q = config.chunk_size
-        y, h = ssd_over_segments(Q, x, dt, A, B, C, p["D"], h, axes)
+        y, h = axes.ssd_over_segments(config.chunk_size, x, dt, A, B, C, p["D"], h)
 
     y = pad_rows(y.reshape(b, T, d), len(r)) * jax.nn.silu(z)
-    y = gated_norm(y, p["gate_norm"], config, b, axes).astype(z.dtype)
+    y = axes.gated_norm(y, p["gate_norm"], config, b).astype(z.dtype)
     sums = y.dtype if axes.model is None else h.dtype
-    out = sum_over_heads(linear(p["out"], y, sums), b, axes)
-    if "out_bias" in p:
-        out = _add_bias(out, p["out_bias"].astype(out.dtype))
+    out = axes.sum_over_heads(linear(p["out"], y, sums), b)
+    out = _add_bias(out, p.get("out_bias"))
     return r + out.astype(r.dtype), tail, h
 
 
@@ -254,9 +239,8 @@ def _project(p, sizes, eps, r):
     """(z, x, B, C, dt) before the convolution, W_in norm(r) in parts of these sizes.
 
     The norm divides each token by one number, so here it divides after the product:
-    on a GPU that is one kernel less. One token takes one product and cuts its results;
-    many take a product for each part, as cuts of weights cost less than those of many
-    results.
+    on a GPU that is one kernel less. One token takes one product and cuts its results.
+    Many take a product for each part, as cuts of weights then cost less.
     """
     ends = np.cumsum(sizes)
     cuts = [slice(*cut) for cut in zip([0, *ends], ends, strict=False)]
@@ -266,7 +250,7 @@ def _project(p, sizes, eps, r):
 
     def rows(cut):
         y = (linear(p["in"][cut], u, r.dtype) * scale).astype(dtype)
-        return _add_bias(y, p["in_bias"][cut]) if "in_bias" in p else y
+        return _add_bias(y, p.get("in_bias"), cut)
 
     if r.shape[1] > 1:
         return [rows(cut) for cut in cuts]
@@ -279,26 +263,22 @@ def _xBC(p, parts, conv, real):
     out, tails, start = [], [], 0
     for v in parts:
         cut = slice(start, start := start + v.shape[-1])
-        bias = p["conv_bias"][cut] if "conv_bias" in p else None
-        v, tail = _causal_conv(v, conv[..., cut], p["conv"][cut], bias, real)
-        out.append(jax.nn.silu(v))
+        v, tail = _causal_conv(v, conv[..., cut], p["conv"][cut], real)
+        out.append(jax.nn.silu(_add_bias(v, p.get("conv_bias"), cut)))
         tails.append(tail)
     return *out, jnp.concatenate(tails, axis=-1)
 
 
-def _causal_conv(v, conv, weight, bias, lengths):
+def _causal_conv(v, conv, weight, lengths):
     """Depthwise convolution that starts from the conv state: (output, last inputs).
 
     out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs, those before
-    the first token from the conv state. The last inputs are up to K, for
-    `append_inputs`, and end at each row's last real token; of one token it is always
-    that one.
+    the first token from the conv state. The last inputs are up to K, and end at each
+    row's last real token; of one token it is always that one.
     """
     T, K = v.shape[1], conv.shape[1]
     window = jnp.concatenate([conv.astype(v.dtype), v], axis=1)
     out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
-    if bias is not None:
-        out = _add_bias(out, bias)
     if lengths is None or T == 1:
         return out, window[:, max(T, K) :]
     index = lengths[:, None] + jnp.arange(K)[None]
@@ -313,5 +293,8 @@ def _head(params, config, r):
     return linear(head, u, r.dtype)
 
 
-def _add_bias(y, bias):
-    return y + jnp.broadcast_to(bias, y.shape)
+def _add_bias(y, bias, cut=slice(None)):
+    """y + bias, or its cut; y itself if there is none."""
+    return (
+        y if bias is None else y + jnp.broadcast_to(bias[cut], y.shape).astype(y.dtype)
+    )

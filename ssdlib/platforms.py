@@ -6,7 +6,7 @@ A program holds one variant only, that of the platform for which it is lowered. 
 14 shows in the compiled programs what each rule changes.
 
 A block that is spread over a mesh of devices needs seven things from other devices.
-Each is a function of `Axes` here, and does nothing on one device. Along `seq`, segments
+Each is a method of `Axes`, and does nothing on one device. Along `seq`, segments
 of the tokens leave pairs (decay, state) behind, and ∘ is associative: any split is
 exact.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 8; Hillis and Steele 1986, "Data
@@ -120,60 +120,6 @@ def inverse_rms(v, eps):
 # --- what crosses from device to device -----------------------------------------------
 
 
-class Axes(NamedTuple):
-    """Names of mesh axes inside `jax.shard_map`; None where nothing is split.
-
-    model: splits heads, with their groups and projections.
-    seq:   splits the tokens of a prefill in segments.
-    """
-
-    model: str | None = None
-    seq: str | None = None
-
-
-ONE_DEVICE = Axes()
-
-
-def real_tokens_from_here(lengths, T, axes: Axes):
-    """Real tokens from this device's first on; negative past a row's end."""
-    return lengths if axes.seq is None else lengths - lax.axis_index(axes.seq) * T
-
-
-def embed(embedding, tokens, vocab_size, axes: Axes):
-    """Rows of the embedding, from whichever device has each; NaN for unknown tokens."""
-    if axes.model is None:
-        at = embedding.at[tokens]
-        r = at.get(mode="fill", fill_value=float("nan"), wrap_negative_indices=False)
-        return r.astype(accumulator(r))
-    v = len(embedding)
-    row = tokens - lax.axis_index(axes.model) * v
-    here = ((row >= 0) & (row < v))[..., None]
-    r = jnp.where(here, embedding[jnp.clip(row, 0, v - 1)], 0)
-    r = lax.psum(r.astype(accumulator(r)), axes.model)
-    return jnp.where(((tokens >= 0) & (tokens < vocab_size))[..., None], r, jnp.nan)
-
-
-def inputs_before(parts, conv, axes: Axes):
-    """The convolution's inputs before this segment: the left neighbor's last ones.
-
-    Those before the first segment are the cache's.
-    """
-    if axes.seq is None:
-        return conv
-    n, K = lax.axis_size(axes.seq), conv.shape[1]
-    last = jnp.concatenate([v[:, v.shape[1] - K :] for v in parts], axis=-1)
-    right = [(i, i + 1) for i in range(n - 1)]
-    halo = lax.ppermute(last.astype(conv.dtype), axes.seq, right)
-    return jnp.where(lax.axis_index(axes.seq) == 0, conv, halo)
-
-
-def ssd_over_segments(chunk_size, x, dt, A, B, C, D, h0, axes: Axes):
-    """`ssd` on one device, `ssd_segment` over the devices of `seq`."""
-    if axes.seq is None:
-        return ssd(chunk_size, x, dt, A, B, C, D, h0)
-    return ssd_segment(x, dt, A, B, C, D, h0, chunk_size, axes.seq)
-
-
 def ssd_segment(x, dt, A, B, C, D, h0, chunk_size: int, axis: str = "seq"):
     """`ssd_chunked` on one segment a device: y_t += exp(Σ_{s≤t} dt_s A) h_in C_t.
 
@@ -201,35 +147,83 @@ def ssd_segment(x, dt, A, B, C, D, h0, chunk_size: int, axis: str = "seq"):
     return y, lax.psum(jnp.where(i == n - 1, h, 0), axis)
 
 
-def gated_norm(y, weight, config, b, axes: Axes):
-    """`rms_norm` of each group; one that lies on several devices adds up its parts.
+class Axes(NamedTuple):
+    """Names of mesh axes inside `jax.shard_map`; None where nothing is split.
 
-    Only b rows are real, and sent.
+    model: splits heads, with their groups and projections.
+    seq:   splits the tokens of a prefill in segments.
     """
-    n, G, eps = 1, config.n_groups, config.norm_eps
-    if axes.model is not None:
-        n = lax.axis_size(axes.model)
-    if G >= n:
-        return rms_norm(y, weight, eps, G // n)
-    y = y.astype(accumulator(y))
-    group = lax.axis_index(axes.model) * G // n
-    mine = jnp.arange(G)[:, None, None] == group
-    means = jnp.where(mine, jnp.mean(y[:b] ** 2, axis=-1)[None], 0)  # (G, b, T)
-    mean = lax.psum(means, axes.model)[group][..., None] * (G / n)
-    mean = pad_rows(mean, len(y))
-    return y * lax.rsqrt(mean + eps) * weight.astype(y.dtype)[None, None]
+
+    model: str | None = None
+    seq: str | None = None
+
+    def real_tokens_from_here(self, lengths, T):
+        """Real tokens from this device's first on; negative past a row's end."""
+        return lengths if self.seq is None else lengths - lax.axis_index(self.seq) * T
+
+    def embed(self, embedding, tokens, vocab_size):
+        """Rows of the embedding, from the devices that have them; NaN for no token."""
+        if self.model is None:
+            at = embedding.at[tokens]
+            nan = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+            r = at.get(**nan)
+            return r.astype(accumulator(r))
+        v = len(embedding)
+        row = tokens - lax.axis_index(self.model) * v
+        here = ((row >= 0) & (row < v))[..., None]
+        r = jnp.where(here, embedding[jnp.clip(row, 0, v - 1)], 0)
+        r = lax.psum(r.astype(accumulator(r)), self.model)
+        return jnp.where(((tokens >= 0) & (tokens < vocab_size))[..., None], r, jnp.nan)
+
+    def inputs_before(self, parts, conv):
+        """The convolution's inputs before this segment: the left neighbor's last ones.
+
+        Those before the first segment are the cache's.
+        """
+        if self.seq is None:
+            return conv
+        n, K = lax.axis_size(self.seq), conv.shape[1]
+        last = jnp.concatenate([v[:, v.shape[1] - K :] for v in parts], axis=-1)
+        right = [(i, i + 1) for i in range(n - 1)]
+        halo = lax.ppermute(last.astype(conv.dtype), self.seq, right)
+        return jnp.where(lax.axis_index(self.seq) == 0, conv, halo)
+
+    def ssd_over_segments(self, chunk_size, x, dt, A, B, C, D, h0):
+        """`ssd` on one device, `ssd_segment` over the devices of `seq`."""
+        if self.seq is None:
+            return ssd(chunk_size, x, dt, A, B, C, D, h0)
+        return ssd_segment(x, dt, A, B, C, D, h0, chunk_size, self.seq)
+
+    def gated_norm(self, y, weight, config, b):
+        """`rms_norm` of each group; one that lies on several devices adds up its parts.
+
+        Only b rows are real, and sent.
+        """
+        n, G, eps = 1, config.n_groups, config.norm_eps
+        if self.model is not None:
+            n = lax.axis_size(self.model)
+        if G >= n:
+            return rms_norm(y, weight, eps, G // n)
+        y = y.astype(accumulator(y))
+        group = lax.axis_index(self.model) * G // n
+        mine = jnp.arange(G)[:, None, None] == group
+        means = jnp.where(mine, jnp.mean(y[:b] ** 2, axis=-1)[None], 0)  # (G, b, T)
+        mean = lax.psum(means, self.model)[group][..., None] * (G / n)
+        mean = pad_rows(mean, len(y))
+        return y * lax.rsqrt(mean + eps) * weight.astype(y.dtype)[None, None]
+
+    def sum_over_heads(self, out, b):
+        """The sum of what the devices of `model` made of their heads, for b rows."""
+        if self.model is None:
+            return out
+        return pad_rows(lax.psum(out[:b], self.model), len(out))
+
+    def from_last_token(self, v, left, T):
+        """What the device with a row's last real token has, on all devices of `seq`."""
+        if self.seq is None:
+            return v
+        owner = ((left > 0) & (left <= T)).reshape(-1, *(1,) * (v.ndim - 1))
+        return lax.psum(jnp.where(owner, v, 0), self.seq)
 
 
-def sum_over_heads(out, b, axes: Axes):
-    """The sum of what all devices of `model` made of their heads, for b real rows."""
-    if axes.model is None:
-        return out
-    return pad_rows(lax.psum(out[:b], axes.model), len(out))
-
-
-def from_last_token(v, left, T, axes: Axes):
-    """What the device with a row's last real token has, on every device of `seq`."""
-    if axes.seq is None:
-        return v
-    owner = ((left > 0) & (left <= T)).reshape(-1, *(1,) * (v.ndim - 1))
-    return lax.psum(jnp.where(owner, v, 0), axes.seq)
+ONE_DEVICE = Axes()

@@ -21,7 +21,10 @@ from jax.sharding import PartitionSpec
 from oracle import error, ssd
 
 import ssdlib
-from ssdlib import Mamba2Config, parallel, platforms, sharding, tensor_files, traffic
+from ssdlib import Mamba2Config, platforms
+from ssdlib.checkpoint import tensor_files
+from ssdlib.compiler import cost
+from ssdlib.scale import parallel, sharding
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,7 +57,7 @@ def model(shape, change):
     params = disturbed(ssdlib.init_params(config, jax.random.key(0)))
     mesh = sharding.make_mesh(*shape)
     here = partial(ssdlib.prefill, params, config)
-    sharded = sharding.shard(params, config, mesh)
+    sharded = sharding.shard_by_head(params, config, mesh)
     there = partial(parallel.prefill, sharded, config, mesh)
 
     rng = np.random.default_rng(0)
@@ -90,11 +93,11 @@ def spread(shape):
     config = Mamba2Config.tiny(n_heads=8)
     params = disturbed(ssdlib.init_params(config, jax.random.key(0)))
     mesh = sharding.make_mesh(*shape)
-    there = sharding.spread(params, mesh)
+    there = sharding.shard_as_is(params, mesh)
     rng = np.random.default_rng(2)
     tokens, read = rng.integers(0, config.vocab_size, (2, 8, T))
     _, cache = ssdlib.prefill(params, config, read)
-    split = sharding.spread(cache, mesh)
+    split = sharding.shard_as_is(cache, mesh)
     rows = jax.device_put(tokens, jax.NamedSharding(mesh, PartitionSpec("data")))
     logits = ssdlib.forward(there, config, rows)
     logits_star = ssdlib.forward(params, config, tokens)
@@ -114,9 +117,9 @@ def sent(shape, change):
     """(counted in the compiled text, formula) for prefill."""
     config = Mamba2Config.tiny(n_heads=8, vocab_size=64, **change)
     mesh = sharding.make_mesh(*shape)
-    text = traffic.compile_over(config, mesh, 8, T).as_text()
-    counts = {kind: total for kind, (_, total) in traffic.counted(text).items()}
-    return counts, traffic.formula(config, mesh, 8, T)
+    text = parallel.compile_over(config, mesh, 8, T).as_text()
+    counts = {kind: total for kind, (_, total) in cost.collectives(text).items()}
+    return counts, parallel.bytes_sent(config, mesh, 8, T)
 
 
 def segments(regime):

@@ -9,10 +9,10 @@ import numpy as np
 import oracle
 import pytest
 
-import ssdlib.attention
 from ssdlib import Mamba2Config
 from ssdlib import init_params as init_mamba_params
-from ssdlib.attention import (
+from ssdlib.beyond import transformer
+from ssdlib.beyond.transformer import (
     AttentionConfig,
     decode_step,
     forward,
@@ -84,7 +84,7 @@ def attention_case(G, start=7, T=11, capacity=23):
     k, v = cache.reshape(2, 2 * G, capacity, -1).astype(np.float32)
     p, u = params["layers"][0], u.astype(np.float32)
     past = past.astype(np.float32)
-    ours, *_ = ssdlib.attention._attention(p, config, u, k, v, jnp.int32(start))
+    ours, *_ = transformer._attention(p, config, u, k, v, jnp.int32(start))
     return ours, attention_by_loops(p, config, u, *past)
 
 
@@ -148,7 +148,7 @@ def test_scores_depend_on_the_distance_of_two_tokens_only():
     scores = []
     for shift in (0, 5, 40):
         q, k = (
-            ssdlib.attention._rotate(w[i : i + 1], jnp.array([at + shift]), 1e4)
+            transformer._rotate(w[i : i + 1], jnp.array([at + shift]), 1e4)
             for i, at in ((0, 9), (1, 2))
         )
         scores.append(float((q * k).sum()))
@@ -162,11 +162,11 @@ def test_the_compiled_loop_equals_a_loop_on_the_host():
     params, config, prompt = model()
     tokens, _, cache = generate(params, config, prompt, 12)
     logits, host_cache = prefill(params, config, prompt, init_cache(config, 2, 31))
-    for i in range(12):  # the last token is made and not read
-        if i:
-            logits, host_cache = decode_step(params, config, token, host_cache)
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        np.testing.assert_array_equal(tokens[:, i], token)
+    tokens_star = [jnp.argmax(logits, axis=-1).astype(jnp.int32)]
+    for _ in range(11):  # the last token is made and not read
+        logits, host_cache = decode_step(params, config, tokens_star[-1], host_cache)
+        tokens_star.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    np.testing.assert_array_equal(tokens, jnp.stack(tokens_star, axis=1))
     for ours, theirs in zip(
         jax.tree.leaves(cache), jax.tree.leaves(host_cache), strict=True
     ):
@@ -267,14 +267,16 @@ def test_bfloat16_parameters_give_float32_logits_near_those_of_float32():
 
 @pytest.mark.parametrize("mutant", ["no mask", "no positions", "position off by one"])
 def test_a_broken_layer_is_noticed(monkeypatch, mutant):
-    rotate = ssdlib.attention._rotate
+    rotate = transformer._rotate
     if mutant == "no mask":
         monkeypatch.setattr(jnp, "where", lambda seen, scores, other: scores)
     elif mutant == "no positions":
-        monkeypatch.setattr(ssdlib.attention, "_rotate", lambda w, *_: w)
+        monkeypatch.setattr(transformer, "_rotate", lambda w, *_: w)
     else:
         monkeypatch.setattr(
-            ssdlib.attention, "_rotate", lambda w, at, base: rotate(w, at + 1, base)
+            transformer,
+            "_rotate",
+            lambda w, at, base: rotate(w, at + 1, base),
         )
     assert oracle.error(*attention_case(2)) > 1e-2
 

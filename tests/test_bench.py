@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import bench, config, record, roofline
+from ssdlib import config
 from ssdlib.__main__ import main
-from ssdlib.hlo import RECORDS
-from ssdlib.platforms import CHUNK
-from ssdlib.roofline import Chip
+from ssdlib.compiler import targets
+from ssdlib.compiler.chips import Chip
+from ssdlib.compiler.hlo import RECORDS
+from ssdlib.measure import bench, record, roofline
+from ssdlib.platforms import LONGEST_CHUNK
 
 SCHEMA = json.loads((RECORDS / "runs/schema.json").read_text())
 VALID = jsonschema.Draft202012Validator(SCHEMA)
@@ -80,7 +82,7 @@ def test_rates_follow_from_the_samples(run):
             "prefill": roofline.prefill,
             "uncached": roofline.prefill,
             "decode": lambda c, b, T: roofline.decode(c, b),
-        }[row["what"]](resized(chunk_size=CHUNK["cpu"]), batch, T)
+        }[row["what"]](resized(chunk_size=LONGEST_CHUNK["cpu"]), batch, T)
         head = 2 * batch * (T - 1) * V * d * (row["what"] == "uncached")
         flops = work.flops + head
         assert row["tflops"] == pytest.approx(flops / t / 1e12, **about)
@@ -212,7 +214,7 @@ def test_a_decode_sample_is_free_of_prefill_and_call(monkeypatch):
 
 def test_work_of_an_uncached_pass_is_within_5_percent_of_the_compilers():
     """One chunk, so that the compiler, which counts a loop's body once, is right."""
-    sizes = resized(chunk_size=CHUNK["cpu"])
+    sizes = resized(chunk_size=LONGEST_CHUNK["cpu"])
     T = sizes.chunk_size
     params, tokens = jax.eval_shape(
         lambda: (
@@ -233,7 +235,7 @@ def test_an_unknown_chip_has_no_utilization():
     class Device:
         platform, device_kind = "gpu", "NVIDIA RTX 4090 (24 GB)"
 
-    assert record.chip_name(Device) == "nvidia-rtx-4090-24-gb"
+    assert targets.chip_name(Device) == "nvidia-rtx-4090-24-gb"
     assert bench._peak(Device) is None
     program = bench.Program(lambda: 1.0, 0.0)
     work = roofline.Work(1.0, 1.0)
@@ -292,7 +294,7 @@ def test_what_is_only_compiled_is_not_measured(capsys, tmp_path, monkeypatch):
     absent = next(
         name
         for name in ("tpu-v6e", "l40s")
-        if all(record.chip_name(d) != name for d in jax.devices())
+        if all(targets.chip_name(d) != name for d in jax.devices())
     )
     assert main(["bench", "--target", absent, "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err

@@ -8,10 +8,9 @@ import re
 import jsonschema
 import pytest
 
-from ssdlib import claims, evidence
-from ssdlib.claims import CONTRADICTED, OPEN, REPRODUCED, SUPPORTED
-from ssdlib.evidence import Evidence
-from ssdlib.hlo import RECORDS
+from ssdlib.companion import claims, evidence
+from ssdlib.companion.claims import CONTRADICTED, OPEN, REPRODUCED, SUPPORTED, Evidence
+from ssdlib.compiler.hlo import RECORDS
 
 PAPER = json.loads((RECORDS / "paper.json").read_text())
 CLAIMS, BOOK = evidence.load()

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from ssdlib import Mamba2Config, config, roofline
+from ssdlib import Mamba2Config, config
 from ssdlib.__main__ import main
+from ssdlib.measure import roofline
 
 
 def run(capsys, *argv):
@@ -43,7 +44,7 @@ def test_a_character_cut_in_two_waits_for_its_other_half(capsys, monkeypatch):
         yield [snowman[:2]]
         yield [snowman[2:]]
 
-    monkeypatch.setattr("ssdlib.stream", halves)
+    monkeypatch.setattr("ssdlib.companion.commands.stream", halves)
     _, out, _ = run(capsys, "generate", "x")
     assert out == "x☃!\n"
 
@@ -58,7 +59,7 @@ def test_who_waits_at_a_terminal_is_told_why_and_the_output_stays_text(
         told.extend(capsys.readouterr().err.splitlines())
         return iter([[list(b"!")]])
 
-    monkeypatch.setattr("ssdlib.stream", at_once)
+    monkeypatch.setattr("ssdlib.companion.commands.stream", at_once)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     _, out, err = run(capsys, "generate", "x")
     assert [line.split()[0] for line in told] == ["loading", "compiling"] * terminal

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import config, roofline
-from ssdlib.hlo import RECORDS
+from ssdlib import config
+from ssdlib.compiler.hlo import RECORDS
+from ssdlib.measure import roofline
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCHEMA = json.loads((RECORDS / "compare/schema.json").read_text())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ssdlib import Mamba2Config, init_params, load, save
-from ssdlib.hub import INDEX
+from ssdlib.checkpoint.hub import INDEX
 
 pytestmark = pytest.mark.usefixtures("as_user")
 

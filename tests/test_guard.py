@@ -14,7 +14,8 @@ import pytest
 from test_hlo import decode_args, target
 
 import ssdlib
-from ssdlib import hlo, roofline
+from ssdlib.compiler import hlo
+from ssdlib.measure import roofline
 
 BOUNDS = {  # bytes and fusions of one more layer; FLOPs and temporary bytes of the step
     "cpu": (18_091_532, 18, 94_433_295, 201_152),

@@ -1,5 +1,6 @@
 """Programs compiled for chips that are not here, and what the reader makes of them."""
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import inspect
@@ -7,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -17,16 +20,27 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import hlo, hlo_cost, hlo_text, hlo_view, notebook
-from ssdlib.targets import TARGETS, CompilerMissing, compile_with
+from ssdlib.companion import notebook
+from ssdlib.compiler import cost as hlo_cost
+from ssdlib.compiler import hlo
+from ssdlib.compiler import text as hlo_text
+from ssdlib.compiler import view as hlo_view
+from ssdlib.compiler.chips import CHIPS, GPU, TPU
+from ssdlib.compiler.targets import (
+    TARGETS,
+    CompilerMissing,
+    _environment,
+    chip_name,
+    compile_with,
+)
 
 BOOK = Path(__file__).parent.parent / "book"
-NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin", None: "jaxlib"}
+NEEDS = {TPU: "libtpu", GPU: "jax_cuda12_plugin"}
 
 
 def target(name):
     """A target as a test parameter, skipped where its compiler is not installed."""
-    package = NEEDS[TARGETS[name].extra]
+    package = "jaxlib" if name == "cpu" else NEEDS[type(CHIPS[name].compiler)]
     missing = importlib.util.find_spec(package) is None
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason=package))
 
@@ -53,6 +67,23 @@ def decode_args(n_layers=2):
 # --- targets -------------------------------------------------------------------------
 
 
+def test_settings_of_two_threads_at_once_leave_the_environment_as_it_was():
+    both = threading.Barrier(2)
+    before = dict(os.environ)
+
+    def hold(wait):
+        both.wait(timeout=10)
+        time.sleep(wait)  # the second comes while the first holds the setting
+        with _environment(SSDLIB_TEST="1"):
+            assert os.environ["SSDLIB_TEST"] == "1"
+            time.sleep(0.1)
+            assert os.environ["SSDLIB_TEST"] == "1"
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(hold, [0, 0.05]))
+    assert dict(os.environ) == before
+
+
 @pytest.mark.parametrize("name", [target(name) for name in TARGETS])
 def test_every_target_compiles_and_leaves_this_process_as_it_was(name):
     before = dict(os.environ), jax.devices(), jax.default_backend()
@@ -62,8 +93,7 @@ def test_every_target_compiles_and_leaves_this_process_as_it_was(name):
     np.testing.assert_array_equal(jnp.ones((2, 2)) @ jnp.ones((2, 2)), 2)
 
     assert program.target == name
-    kinds = {device.device_kind for device in jax.devices()}
-    attached = bool(kinds & set(TARGETS[name].kinds))
+    attached = name in {chip_name(d) for d in [*jax.devices(), *jax.devices("cpu")]}
     assert program.origin == ("attached" if attached else "absent")
     assert program.memory["argument"] >= 4 * (64 * 96 + 96 * 128)
     assert program.memory["output"] >= 4 * 64 * 128
@@ -87,7 +117,7 @@ importlib.util.find_spec = without
 import pkgutil
 pkgutil.iter_modules = lambda *args: []  # jax finds its plugins by this
 import jax, jax.numpy as jnp
-from ssdlib import hlo
+from ssdlib.compiler import hlo
 try:
     hlo.compile_for(jnp.sin, jnp.ones(8), target="{name}")
 except hlo.CompilerMissing as error:

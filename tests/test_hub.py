@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ssdlib import Mamba2Config, init_params, load, save
-from ssdlib.hub import resolve
-from ssdlib.text import ByteTokenizer, load_tokenizer
+from ssdlib.checkpoint.hub import resolve
+from ssdlib.checkpoint.tokenizer import ByteTokenizer, load_tokenizer
 
 CONFIG = Mamba2Config.tiny(vocab_size=256)
 WEIGHTS = "model.safetensors"
@@ -164,7 +164,9 @@ def test_a_large_file_that_only_torch_reads_is_not_downloaded_without_it(
 
 def test_the_environment_variables_of_the_client_work(hub, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, from a shell."""
-    code = "from ssdlib.hub import resolve; print(resolve('org/model')[1][0])"
+    code = (
+        "from ssdlib.checkpoint.hub import resolve\nprint(resolve('org/model')[1][0])"
+    )
 
     def shell(**variables):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}

@@ -227,9 +227,35 @@ BAD_TOKENS = {
     "too large": (TOKENS + 60, r"tokens: \d+ is outside 0..60"),
     "negative": (TOKENS - 61, r"tokens: -\d+ is outside 0..60"),
 }
+
+
+@pytest.mark.parametrize("n", [1, 13])
+def test_a_row_of_length_0_keeps_its_cache_and_has_no_logits(n):
+    _, before = prefill(PARAMS, CONFIG, TOKENS)
+    lengths = np.asarray([n, 0, 1])
+    logits, after = prefill(PARAMS, CONFIG, TOKENS[:, :n], before, lengths)
+    assert not logits[1].any() and logits[0].any() and logits[2].any()
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(new[1], old[1])
+        assert (new[0] != old[0]).any()
+    np.testing.assert_array_equal(after.length, before.length + lengths)
+    assert not forward(PARAMS, CONFIG, TOKENS[:, :n], lengths)[1].any()
+
+
+@pytest.mark.parametrize("piece", [1, 8, 20, 64])
+def test_reading_in_pieces_gives_the_logits_and_the_cache_of_one_pass(piece):
+    _, before = prefill(PARAMS, CONFIG, TOKENS)
+    for lengths in (None, np.asarray([T, 0, 9])):
+        whole = prefill(PARAMS, CONFIG, TOKENS, before, lengths)
+        cut = prefill(PARAMS, CONFIG, TOKENS, before, lengths, piece)
+        for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
+            assert oracle.error(a, b) <= 1e-5
+    rows = jax.jit(lambda tokens: prefill(PARAMS, CONFIG, tokens, piece=piece))(TOKENS)
+    assert oracle.error(rows[0], prefill(PARAMS, CONFIG, TOKENS)[0]) <= 1e-5
+
+
 BAD_LENGTHS = {
-    "zero": ([0, 1, 2], r"lengths: 0 is outside 1..21"),
-    "negative": ([-3, 1, 2], r"lengths: -3 is outside"),
+    "negative": ([-3, 1, 2], r"lengths: -3 is outside 0..21"),
     "beyond": ([22, 1, 2], r"lengths: 22 is outside"),
     "shape": ([1, 2], r"lengths: shape \(2,\); it must be \(3\)"),
     "dtype": ([1.0, 2.0, 3.0], r"lengths: dtype float"),

@@ -10,74 +10,90 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = [  # a module imports only from those above it
-    "_checks",
-    "config",
-    "recurrence",
-    "quadratic",
-    "chunked",
-    "platforms",
-    "recurrences",
-    "nonscalar",
-    "params",
-    "cache",
-    "model",
-    "hub",
-    "config_json",
-    "tensor_files",
-    "weights",
-    "sharding",
-    "parallel",
-    "text",
-    "generate",
-    "evaluate",
-    "transformer",
-    "attention",
-    "train",
-    "roofline",
-    "targets",
-    "hlo_text",
-    "traffic",
-    "hlo_cost",
-    "hlo_ops",
-    "hlo_view",
-    "hlo",
-    "record",
-    "bench",
-    "evidence",
-    "claims",
-    "notebook",
-    "__init__",
-    "commands",
-    "__main__",
-]
+ROOMS = {  # from the first row to the last; a module imports from its row and above
+    "_checks": "_checks",
+    "theory": "recurrence quadratic chunked platforms",
+    "model": "config params cache model sample generate evaluate",
+    "compiler": "",
+    "checkpoint": "",
+    "beyond": "",
+    "scale": "",
+    "measure": "",
+    "companion": "__main__",
+}
+MAY_IMPORT = {
+    "_checks": "",
+    "theory": "_checks",
+    "model": "_checks theory",
+    "compiler": "_checks",
+    "checkpoint": "_checks theory model",
+    "beyond": "_checks theory model",
+    "scale": "_checks theory model checkpoint",
+    "measure": "_checks theory model compiler",
+    "companion": "_checks theory model compiler checkpoint beyond scale measure face",
+    "face": "theory model compiler checkpoint",
+}
+PACKAGE = ROOT / "ssdlib"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 CHAPTERS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
 TEMPLATE = ROOT / "book/_template.ipynb"  # what CONTRIBUTING.md tells to copy
+
+
+def room(module):
+    """The room of a module such as "model" or "scale.parallel"; "face" is ssdlib."""
+    top = module.split(".")[0]
+    rooms = [name for name, own in ROOMS.items() if top == name or top in own.split()]
+    return rooms[0] if rooms else "face"
 
 
 def imports(path):
     """Names of the ssdlib modules that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "ssdlib":
-                names = [a.name for a in node.names]
-                yield from (n if n in ORDER else "__init__" for n in names)
-            elif node.module.startswith("ssdlib."):
-                yield node.module.split(".")[1]
+            first, _, rest = node.module.partition(".")
+            names = [alias.name for alias in node.names]
+            if first == "ssdlib" and (PACKAGE / rest).is_dir():  # ssdlib, or a room
+                yield from (f"{rest}.{name}".lstrip(".") for name in names)
+            elif first == "ssdlib":
+                yield rest
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.startswith("ssdlib"):
-                    yield [*alias.name.split("."), "__init__"][1]
+                if alias.name.split(".")[0] == "ssdlib":
+                    yield alias.name.partition(".")[2] or "__init__"
 
 
-def test_every_module_is_in_the_order():
-    assert {p.stem for p in (ROOT / "ssdlib").glob("*.py")} == set(ORDER)
+def own_name(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_point_up(name):
-    for other in imports(ROOT / "ssdlib" / f"{name}.py"):
-        assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+@pytest.mark.parametrize("path", MODULES, ids=own_name)
+def test_a_room_imports_only_from_the_rooms_it_may(path):
+    here = room(own_name(path))
+    for other in imports(path):
+        there = room(other)
+        assert there == here or there in MAY_IMPORT[here].split(), other
+
+
+def test_the_import_list_is_the_theorem():
+    order = ROOMS["theory"].split()
+    for i, name in enumerate(order):
+        for other in imports(PACKAGE / f"{name}.py"):
+            assert other == "_checks" or other in order[:i], f"{name} imports {other}"
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {own_name(p): {o for o in imports(p)} for p in MODULES}
+    while free := [m for m, others in graph.items() if not others & graph.keys() - {m}]:
+        for m in free:
+            del graph[m]
+    assert not graph
+
+
+def test_the_library_is_seen_at_a_glance():
+    top = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert len(top) <= 12
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) <= 300, path
 
 
 def test_importing_the_library_adds_little_to_jax():

@@ -13,8 +13,8 @@ import pytest
 
 import ssdlib.quadratic
 from ssdlib import decay_mask, ssd_chunked, ssd_recurrent
-from ssdlib.nonscalar import delta_net, gla
-from ssdlib.recurrences import (
+from ssdlib.beyond.matrix_decay import delta_net, gla
+from ssdlib.beyond.scalar_decay import (
     linear_attention,
     mamba3,
     mlstm,

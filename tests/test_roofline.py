@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 
 import ssdlib
-from ssdlib import roofline
+from ssdlib.compiler.chips import CHIPS, Chip
+from ssdlib.compiler.hlo import compile_for
 from ssdlib.config import PRESETS
-from ssdlib.hlo import compile_for
-from ssdlib.platforms import CHUNK
-from ssdlib.roofline import HARDWARE, Chip, Work
+from ssdlib.measure import roofline
+from ssdlib.measure.roofline import Work
+from ssdlib.platforms import LONGEST_CHUNK
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -64,7 +65,7 @@ def layer_args(config, b, T):
 
 def on_cpu(config):
     """The config with the chunk length of a prefill on a CPU."""
-    return dataclasses.replace(config, chunk_size=CHUNK["cpu"])
+    return dataclasses.replace(config, chunk_size=LONGEST_CHUNK["cpu"])
 
 
 def close(ours, theirs, tolerance=0.05):
@@ -87,7 +88,7 @@ def test_one_more_row_moves_its_cache_twice_and_its_logits_once(dtype):
     size = jnp.dtype(dtype).itemsize
     one, two = (roofline.decode(config, b, size).bytes for b in (1, 2))
     _, row = model(config, 1, dtype)
-    cache = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(row))
+    cache = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves((row.conv, row.h)))
     assert two - one == 2 * cache + 4 * config.vocab_size
     one, two = (roofline.prefill(config, b, 256, size).bytes for b in (1, 2))
     assert two - one == cache + 4 * config.vocab_size
@@ -209,10 +210,10 @@ def test_the_roofline_is_the_larger_of_two_times():
 
 
 def test_the_hardware_table_serves_every_target():
-    from ssdlib.targets import TARGETS
+    from ssdlib.compiler.targets import TARGETS
 
-    assert set(HARDWARE) == set(TARGETS) - {"cpu"}
-    for chip in HARDWARE.values():
+    assert set(CHIPS) == set(TARGETS) - {"cpu"}
+    for chip in CHIPS.values():
         assert chip.source
         assert 50 < chip.ridge < 1000
 

@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import Mamba2Config, hlo, hlo_text, notebook, parallel, sharding, traffic
-from ssdlib.targets import tpu_slice
+from ssdlib import Mamba2Config
+from ssdlib.companion import notebook
+from ssdlib.compiler import cost, hlo
+from ssdlib.compiler import text as hlo_text
+from ssdlib.compiler.targets import tpu_slice
+from ssdlib.scale import parallel, sharding
 
 RUNS = Path(__file__).parent / "sharding_runs.py"
 needs_libtpu = pytest.mark.skipif(
@@ -126,9 +130,9 @@ def test_the_formula_counts_what_the_compiled_program_sends(eight):
 
 def sent(config, mesh, b, T, dtype=jnp.float32):
     """Bytes by kind in the compiled text; they are those of the formula."""
-    text = traffic.compile_over(config, mesh, b, T, dtype).as_text()
-    counts = {kind: total for kind, (_, total) in traffic.counted(text).items()}
-    assert counts == traffic.formula(config, mesh, b, T, jnp.dtype(dtype).itemsize)
+    text = parallel.compile_over(config, mesh, b, T, dtype).as_text()
+    counts = {kind: total for kind, (_, total) in cost.collectives(text).items()}
+    assert counts == parallel.bytes_sent(config, mesh, b, T, jnp.dtype(dtype).itemsize)
     return counts
 
 
@@ -144,7 +148,7 @@ def test_a_record_keeps_what_is_sent(tmp_path, monkeypatch):
     monkeypatch.delenv("SSDLIB_RECORD")
     kept = notebook.compiled_over(*args, live=False)
     assert len(kept.hlo) < 30_000
-    assert traffic.counted(kept.hlo) == traffic.counted(live.hlo) != {}
+    assert cost.collectives(kept.hlo) == cost.collectives(live.hlo) != {}
     assert kept.memory == live.memory
 
 
@@ -182,7 +186,9 @@ def test_a_model_of_7b_with_8_groups_fits_a_v6e_slice():
     bytes_ = []
     for L in (1, 2):
         config = replace(SEVEN, n_layers=L)
-        stats = traffic.compile_over(config, mesh, b, 1, jnp.bfloat16).memory_analysis()
+        stats = parallel.compile_over(
+            config, mesh, b, 1, jnp.bfloat16
+        ).memory_analysis()
         new = stats.output_size_in_bytes - stats.alias_size_in_bytes
         bytes_.append(stats.argument_size_in_bytes + stats.temp_size_in_bytes + new)
     total = bytes_[0] + (SEVEN.n_layers - 1) * (bytes_[1] - bytes_[0])
@@ -192,7 +198,7 @@ def test_a_model_of_7b_with_8_groups_fits_a_v6e_slice():
     weights = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(shapes))
     assert 7e9 < sum(v.size for v in jax.tree.leaves(shapes)) < 8e9
     assert weights / 8 < total < 1.5 * weights / 8
-    assert total < 0.1 * ssdlib.roofline.HARDWARE["tpu-v6e"].memory
+    assert total < 0.1 * ssdlib.compiler.chips.CHIPS["tpu-v6e"].memory
 
 
 # --- layout and bad input ------------------------------------------------------------
@@ -230,7 +236,7 @@ def test_a_mesh_that_does_not_fit_is_named():
         lambda: parallel.prefill(None, config, mesh(2, 1), token[:, None]),
         lambda: parallel.decode_step(None, config, mesh(2, 1), token, None),
         lambda: sharding.init_cache(config, mesh(2, 1), 3),
-        lambda: sharding.spread(ssdlib.init_cache(config, 3), mesh(2, 1)),
+        lambda: sharding.shard_as_is(ssdlib.init_cache(config, 3), mesh(2, 1)),
     )
     for call in calls:
         with pytest.raises(ValueError, match=r"mesh: data = 2; .* batch size 3"):
@@ -245,15 +251,15 @@ def test_what_is_no_mesh_and_what_is_no_tree_is_named():
     for wrong, was in (("mesh", "'mesh'"), (None, "None"), (rows, r"axes \('rows',\)")):
         message = f"mesh: {was}; it must have the axes data, seq, model"
         for call in (
-            lambda wrong=wrong: sharding.spread(params, wrong),
-            lambda wrong=wrong: sharding.shard(params, config, wrong),
+            lambda wrong=wrong: sharding.shard_as_is(params, wrong),
+            lambda wrong=wrong: sharding.shard_by_head(params, config, wrong),
             lambda wrong=wrong: sharding.init_cache(config, wrong, 1),
             lambda wrong=wrong: sharding.load("tiny", wrong),
         ):
             with pytest.raises(ValueError, match=message):
                 call()
     with pytest.raises(ValueError, match="tree: 'cache'; it must be what init_params"):
-        sharding.spread(cache, sharding.make_mesh())
+        sharding.shard_as_is(cache, sharding.make_mesh())
     many = len(jax.devices()) + 1
     with pytest.raises(ValueError, match=rf"devices: {many - 1}; .* 1 x 1 x {many}"):
         sharding.make_mesh(model=many)
@@ -267,9 +273,9 @@ def test_parameters_and_caches_of_another_layout_are_named():
     config, token = Mamba2Config.tiny(), np.zeros(3, np.int32)
     params = ssdlib.init_params(config, jax.random.key(0))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match=r"params: .* sharding.shard"):
+    with pytest.raises(ValueError, match=r"params: .* sharding.shard_by_head"):
         parallel.prefill(params, config, mesh, token[:, None])
-    sharded = sharding.shard(params, config, mesh)
+    sharded = sharding.shard_by_head(params, config, mesh)
     cache = ssdlib.init_cache(config, 2)
     with pytest.raises(ValueError, match=r"cache: .* this mesh and batch need"):
         parallel.decode_step(sharded, config, mesh, token, cache)

@@ -10,7 +10,7 @@ import pytest
 
 import ssdlib
 from ssdlib import Mamba2Config, init_params, load
-from ssdlib.train import (
+from ssdlib.companion.train_tiny import (
     bits_per_byte,
     corpus,
     loss,

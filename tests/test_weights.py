@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ssdlib import Mamba2Config, init_params, load, save
-from ssdlib.config_json import load_config, to_json
-from ssdlib.text import ByteTokenizer, load_tokenizer
-from ssdlib.weights import _layout, _stored
+from ssdlib.checkpoint.config_json import load_config, to_json
+from ssdlib.checkpoint.tokenizer import ByteTokenizer, load_tokenizer
+from ssdlib.checkpoint.weights import _layout, _stored
 
 VARIANTS = {
     "default": {},

@@ -14,7 +14,7 @@ from docutils.statemachine import StringList
 from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.util.docutils import SphinxDirective
 
-from ssdlib import record
+from ssdlib.measure import record
 
 PACKAGES = ("numpy", "jaxtyping", "safetensors", "matplotlib", "ipywidgets", "Sphinx")
 

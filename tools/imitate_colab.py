@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CHECK = """
 import json, pathlib, jsonschema, ssdlib
-from ssdlib.record import RUNS
+from ssdlib.measure.record import RUNS
 home = pathlib.Path(ssdlib.__file__)
 assert "site-packages" in home.parts, home
 schema = json.loads((RUNS / "schema.json").read_text())

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import repository
 
-from ssdlib import hlo, notebook
+from ssdlib.companion import notebook
+from ssdlib.compiler import hlo
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

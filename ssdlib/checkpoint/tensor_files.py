@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ssdlib.hub import check_torch, unique
+from ssdlib.checkpoint.hub import check_torch, unique
 
 __all__ = ["headers"]
 

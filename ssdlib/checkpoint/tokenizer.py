@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ssdlib.config_json import load_config
-from ssdlib.hub import fetch
+from ssdlib.checkpoint.config_json import load_config
+from ssdlib.checkpoint.hub import fetch
 
 __all__ = ["ByteTokenizer", "load_tokenizer"]
 

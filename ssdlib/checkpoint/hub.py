@@ -13,7 +13,7 @@ from ssdlib._checks import check_is
 
 __all__ = ["fetch", "read_json", "resolve", "weight_files"]
 
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parent.parent / "tiny"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 

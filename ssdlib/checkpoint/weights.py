@@ -20,11 +20,11 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ssdlib._checks import check_is, floating
+from ssdlib.checkpoint.config_json import load_config, to_json
+from ssdlib.checkpoint.hub import resolve, weight_files
+from ssdlib.checkpoint.tensor_files import headers
 from ssdlib.config import Mamba2Config
-from ssdlib.config_json import load_config, to_json
-from ssdlib.hub import resolve, weight_files
 from ssdlib.params import Params, check_params
-from ssdlib.tensor_files import headers
 
 __all__ = ["load", "save"]
 

@@ -7,16 +7,16 @@
     not settled here   nothing here can tell; the command can
 
 What the paper says, what was computed or compiled, and what was measured never share a
-column. Their numbers come from paper.json, from records and from `roofline.HARDWARE`:
+column. Their numbers come from paper.json, from records and from `chips.CHIPS`:
 without these a cell is empty. Chapter 09 shows the table.
 """
 
 from typing import NamedTuple
 
-from ssdlib import roofline
+from ssdlib.companion.evidence import BACKENDS, Evidence, names, rows_of
+from ssdlib.compiler.view import Table, count
 from ssdlib.config import Mamba2Config
-from ssdlib.evidence import TARGETS, Evidence, names, rows_of
-from ssdlib.hlo_view import Table, count
+from ssdlib.measure import roofline
 
 __all__ = ["CLOCK", "VERDICTS", "Finding", "judge", "table"]
 
@@ -176,7 +176,7 @@ def _host(claim, evidence):
 
 def _everywhere(evidence, name, bad, text):
     """Whether no kernel is bad, on any backend; reproduced if it ran on all of them."""
-    made = {target: evidence.program(name, target) for target in TARGETS}
+    made = {target: evidence.program(name, target) for target in BACKENDS}
     made = {target: program for target, program in made.items() if program}
     found = [op for program in made.values() for op in program.ops if bad(op)]
     every = sum(len(program.ops) for program in made.values())
@@ -184,7 +184,7 @@ def _everywhere(evidence, name, bad, text):
     ran = {run["device"]["platform"]: run["device"]["kind"] for run in evidence.runs}
     measured = f"ran on {', '.join(ran.values())}" if ran else ""
     by = _bench("decode", "l40s") + " and on a TPU"
-    if len(made) < len(TARGETS):
+    if len(made) < len(BACKENDS):
         return Finding(text if made else "", measured, OPEN, by)
     verdict = _held(not found, exact={"cpu", "gpu", "tpu"} <= ran.keys())
     return Finding(text, measured, verdict, by)

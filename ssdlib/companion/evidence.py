@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from ssdlib import hlo, roofline
 from ssdlib._checks import check_is
+from ssdlib.compiler import hlo
+from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.config import PRESETS
 
-__all__ = ["TARGETS", "Evidence", "load", "names", "rows_of"]
+__all__ = ["BACKENDS", "Evidence", "load", "names", "rows_of"]
 
-TARGETS = "cpu", "l40s", "tpu-v6e"  # one of each backend
+BACKENDS = "cpu", "l40s", "tpu-v6e"  # one of each backend
 
 
 @cache
@@ -34,7 +35,7 @@ class Evidence:
     runs: Sequence[dict] = ()  # records of `bench`
     parity: dict = field(default_factory=dict)  # record of tools/record_parity.py
     program: Callable[[str, str], hlo.Compiled | None] = lambda name, target: None
-    chips: dict[str, roofline.Chip] = field(default_factory=dict)
+    chips: dict[str, Chip] = field(default_factory=dict)
 
     def rows(self, what: str) -> list[dict]:
         """What was timed in all runs, and on what."""
@@ -71,7 +72,7 @@ def load(folder: str | Path = hlo.RECORDS) -> tuple[list[dict], Evidence]:
     parity = json.loads((folder / "parity.json").read_text())
     paths = sorted((folder / "runs").glob("*-*.json"))
     runs = [json.loads(path.read_text()) for path in paths]
-    return claims, Evidence(runs, parity, _recorded, roofline.HARDWARE)
+    return claims, Evidence(runs, parity, _recorded, CHIPS)
 
 
 def rows_of(run: dict, what: str) -> list[dict]:

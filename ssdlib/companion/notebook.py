@@ -18,7 +18,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from IPython.display import HTML, Markdown, display
 
-from ssdlib import hlo, sharding, targets, traffic
+from ssdlib.compiler import hlo, targets
+from ssdlib.scale import parallel, sharding
 
 __all__ = [
     "COLORS",
@@ -101,7 +102,7 @@ def compiled(name: str, fn, *args, target: str, live: bool = True, **options):
 
 
 def compiled_over(name: str, topology: str, mesh, *args, live: bool = True):
-    """`traffic.compile_over` for a TPU slice, or the record `name`, as `compiled`.
+    """`parallel.compile_over` for a TPU slice, or the record `name`, as `compiled`.
 
     `topology` is "v6e:2x4", "v6e:16x16", ...; `mesh` the three sizes of
     `sharding.make_mesh`; `args` are config, b, T, dtype.
@@ -113,7 +114,7 @@ def compiled_over(name: str, topology: str, mesh, *args, live: bool = True):
         devices = targets.tpu_slice(topology)
         start = time.perf_counter()
         over = sharding.make_mesh(*mesh, devices=devices)
-        program = traffic.compile_over(config, over, *rest)
+        program = parallel.compile_over(config, over, *rest)
         return hlo.read(target, program, "absent", time.perf_counter() - start)
 
     return _made_or_recorded(name, target, make, live)

@@ -21,8 +21,8 @@ __all__ = [
     "Module",
     "Shape",
     "excerpt",
+    "only_collectives",
     "parse",
-    "sent",
     "strip",
 ]
 
@@ -236,7 +236,7 @@ def _strip_line(line: str, layouts: bool) -> str:
     return line if layouts else re.sub(r"(\])\{[^{}]*\}", r"\1", line)
 
 
-def sent(text: str) -> str:
+def only_collectives(text: str) -> str:
     """The collectives of a program and the instructions whose results they send."""
     keep = set()
     for computation in parse(text).computations.values():

@@ -4,24 +4,35 @@
 standard error.
 """
 
+import math
 import sys
 import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ssdlib
+from ssdlib import Mamba2Config, load, stream
+from ssdlib.checkpoint.tokenizer import load_tokenizer
+from ssdlib.compiler.chips import CHIPS
+from ssdlib.compiler.targets import attached
+from ssdlib.compiler.view import count
+from ssdlib.evaluate import evaluate as score
+from ssdlib.measure import bench as benchmark
+from ssdlib.measure import record, roofline
 
 
-def tell(what: str) -> None:
-    """Say on standard error what takes seconds, to one who waits at a terminal."""
+def announce(what: str) -> None:
+    """Print on standard error what takes seconds, if that is a terminal."""
     if sys.stderr.isatty():
         print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def load_model(args) -> tuple:
     """(params, config, tokenizer) of the model that args name."""
-    import jax
-
-    from ssdlib import load
-    from ssdlib.text import load_tokenizer
-
-    tell(f"loading {args.model}")
+    announce(f"loading {args.model}")
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
@@ -32,16 +43,11 @@ def load_model(args) -> tuple:
 
 def generate(args) -> None:
     """Stream a continuation of args.prompt."""
-    import jax
-    import numpy as np
-
-    from ssdlib import stream
-
     if not args.prompt:
         raise ValueError("prompt: it is empty; give at least one character")
     params, config, tokenizer = load_model(args)
     prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
-    tell(f"compiling for {jax.devices()[0].device_kind}")
+    announce(f"compiling for {jax.devices()[0].device_kind}")
     start = time.perf_counter()
     blocks = stream(
         params,
@@ -74,13 +80,6 @@ def generate(args) -> None:
 
 def evaluate(args) -> None:
     """Print tokens, loss, perplexity and bits per byte of args.text."""
-    import math
-    from pathlib import Path
-
-    import numpy as np
-
-    from ssdlib.evaluate import evaluate as score
-
     try:
         text = Path(args.text).read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -102,9 +101,6 @@ def evaluate(args) -> None:
 
 def inspect(args) -> None:
     """Print the table of kernels of args.preset on args.target, and its totals."""
-    from ssdlib import Mamba2Config, roofline
-    from ssdlib.hlo_view import count
-
     for name in ("batch", "tokens", "rows"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: {getattr(args, name)}; it must be at least 1")
@@ -129,8 +125,8 @@ def inspect(args) -> None:
         f"compiled: {flops}, {size}{cycles}\n"
         f"by hand:  {count(work.flops, 'FLOP')}, {count(work.bytes, 'B')} at least"
     )
-    if args.target in roofline.HARDWARE:
-        chip = roofline.HARDWARE[args.target]
+    if args.target in CHIPS:
+        chip = CHIPS[args.target]
         print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
     memory = ", ".join(f"{k} {count(v, 'B')}" for k, v in program.memory.items())
     print(f"memory: {memory}")
@@ -138,13 +134,7 @@ def inspect(args) -> None:
 
 def compile_preset(args, config):
     """The compiled decode step or prefill that the arguments describe."""
-    import jax
-    import jax.numpy as jnp
-
-    import ssdlib
-    from ssdlib.bench import shapes
-
-    params, cache = shapes(config, args.batch, args.dtype)
+    params, cache = benchmark.shapes(config, args.batch, args.dtype)
     shape = (args.batch,) if args.what == "decode" else (args.batch, args.tokens)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     fn = ssdlib.decode_step if args.what == "decode" else ssdlib.prefill
@@ -155,20 +145,13 @@ def compile_preset(args, config):
 
 def bench(args) -> None:
     """Measure what args say, print the table and write the record."""
-    from pathlib import Path
-
-    import jax
-
-    from ssdlib import Mamba2Config, load, record
-    from ssdlib import bench as benchmark
-
     what, lengths = args.what.split(","), benchmark.doubling(args.lengths)
     folder = record.writable(args.out)
     if args.model is None:
         params, config = None, Mamba2Config.preset(args.preset)
         name, which = args.preset, f"--preset {args.preset}"
     else:
-        record.attached(args.target)  # before a long download
+        attached(args.target)  # before a long download
         params, config = load(args.model, jax.numpy.dtype(args.dtype))
         path = Path(args.model)  # a record tells no paths, but the owner of a hub id
         name = path.resolve().name

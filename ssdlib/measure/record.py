@@ -16,19 +16,16 @@ from pathlib import Path
 from statistics import median
 
 import jax
-import jaxlib
 
-from ssdlib import roofline
+from ssdlib.compiler.hlo import RECORDS
+from ssdlib.compiler.targets import chip_name, versions
+from ssdlib.compiler.view import Table, count
 from ssdlib.config import Mamba2Config
-from ssdlib.hlo import RECORDS
-from ssdlib.hlo_view import Table, count
-from ssdlib.roofline import Work
-from ssdlib.targets import TARGETS
+from ssdlib.measure import roofline
+from ssdlib.measure.roofline import Work
 
 __all__ = [
     "RUNS",
-    "attached",
-    "chip_name",
     "free_memory",
     "load_average",
     "model",
@@ -43,7 +40,8 @@ __all__ = [
 ]
 
 RUNS = RECORDS / "runs"
-_ROOT = Path(__file__).parent.parent
+PACKAGES = "ssdlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"
+_ROOT = Path(__file__).parents[2]
 
 
 def provenance(device: jax.Device) -> dict:
@@ -53,7 +51,7 @@ def provenance(device: jax.Device) -> dict:
         "origin": "measured",
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
         "device": {
             "name": chip_name(device),
             "platform": device.platform,
@@ -66,39 +64,13 @@ def provenance(device: jax.Device) -> dict:
     }
 
 
-def attached(target: str | None = None) -> jax.Device:
-    """The device to run on. A chip that is only compiled for cannot be measured.
-
-    Raises ValueError if no such chip is attached, naming the command that compiles.
-    """
-    if target is None:
-        return jax.devices()[0]
-    if target not in TARGETS:
-        raise ValueError(f"target: {target!r}; it must be one of {', '.join(TARGETS)}")
-    for device in jax.devices() if target != "cpu" else jax.devices("cpu"):
-        if chip_name(device) == target:
-            return device
-    raise ValueError(
-        f"target: {target} is not attached, and what its compiler says is no "
-        f"measurement; python -m ssdlib inspect --target {target} shows that"
-    )
-
-
-def chip_name(device: jax.Device) -> str:
-    """The name of this chip in `TARGETS`, else its kind in small letters."""
-    for name, spec in TARGETS.items():
-        if device.device_kind in spec.kinds:
-            return name
-    return re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
-
-
 def load_average() -> float | None:
     """Programs that ran or waited in the last minute, this one included."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Bytes that a program may still take; None where nobody tells."""
+    """Bytes that a program may still take; None where the system is mute."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -106,7 +78,7 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def peak_memory(device: jax.Device) -> int | None:
-    """The most bytes that this process has held at a time; None where nobody tells."""
+    """The most bytes held by this process at a time; None where the system is mute."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -251,17 +223,6 @@ def _commit() -> str | None:
     except metadata.PackageNotFoundError:
         return None
     return json.loads(url).get("vcs_info", {}).get("commit_id")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    found |= {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    for name in ("ssdlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def _cores() -> int:

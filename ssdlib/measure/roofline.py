@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from ssdlib.compiler.chips import Chip
 from ssdlib.config import Mamba2Config
 from ssdlib.platforms import LONGEST_CHUNK
 
 __all__ = [
-    "HARDWARE",
-    "Chip",
     "Work",
     "chunked",
-    "counted",
     "decode",
     "forward",
     "measure_cpu",
@@ -29,38 +27,8 @@ __all__ = [
     "prefill",
     "quadratic",
     "recurrent",
+    "with_chunks_of",
 ]
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Peaks of one chip: dense products in FLOP/s, main memory in bytes, bytes/s."""
-
-    name: str
-    flops: float  # bfloat16 (float16 on a T4, float32 on a CPU)
-    bandwidth: float
-    memory: float
-    source: str
-
-    @property
-    def ridge(self) -> float:
-        """FLOPs a byte from which products, not memory, set the bound."""
-        return self.flops / self.bandwidth
-
-
-_TPU = "Google Cloud TPU documentation; jax/_src/pallas/mosaic/tpu_info.py"
-_NVIDIA = "NVIDIA data sheet, without sparsity"
-HARDWARE = {  # the one table; every other number is derived from it
-    "tpu-v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, _TPU),
-    "tpu-v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, _TPU),
-    "tpu-v6e": Chip("TPU v6e", 918e12, 1638e9, 32e9, _TPU),
-    "tpu-7x": Chip("TPU7x", 2307e12, 7380e9, 192 * 2.0**30, _TPU),
-    "t4": Chip("Tesla T4", 65e12, 320e9, 16e9, _NVIDIA),
-    "l4": Chip("NVIDIA L4", 121e12, 300e9, 24e9, _NVIDIA),
-    "l40s": Chip("NVIDIA L40S", 362e12, 864e9, 48e9, _NVIDIA),
-    "a100": Chip("NVIDIA A100-SXM4-80GB", 312e12, 2039e9, 80e9, _NVIDIA),
-    "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80e9, _NVIDIA),
-}
 
 
 @dataclass(frozen=True)
@@ -126,7 +94,7 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
     """The dual form on each of T/Q chunks, the state handed on: O(T Q) FLOPs.
 
     Q is the config's chunk length. A prefill takes shorter chunks where those are
-    faster (`platforms.CHUNK`), and then fewer FLOPs.
+    faster (`platforms.LONGEST_CHUNK`), and then fewer FLOPs.
     """
     Q = min(config.chunk_size, T)
     chunks = -(-T // Q)
@@ -134,7 +102,7 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
     return Work(flops, _inputs(config, b, T) + _state(config, b))
 
 
-def counted(config: Mamba2Config, platform: str) -> Mamba2Config:
+def with_chunks_of(platform: str, config: Mamba2Config) -> Mamba2Config:
     """The config with the chunks that a prefill takes on this platform."""
     longest = LONGEST_CHUNK.get(platform, LONGEST_CHUNK["default"])
     return replace(config, chunk_size=min(longest, config.chunk_size))

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-import jax
-import jaxlib
-
-from ssdlib import hlo_text, hlo_view
-from ssdlib.hlo_ops import Op, table
-from ssdlib.targets import CompilerMissing, compile_with
+from ssdlib.compiler import text as hlo_text
+from ssdlib.compiler import view as hlo_view
+from ssdlib.compiler.ops import Op, table
+from ssdlib.compiler.targets import CompilerMissing, compile_with, versions
 
 __all__ = [
     "RECORDS",
@@ -34,11 +32,16 @@ __all__ = [
     "read",
 ]
 
-_HERE = Path(__file__).parent  # a wheel carries the records, a checkout has the book
+_HERE = Path(
+    __file__
+).parent.parent  # a wheel carries the records, a checkout has the book
 RECORDS = next(
     (p for p in (_HERE / "results", _HERE.parent / "book/results") if p.exists()),
     _HERE / "results",
 )
+
+
+COMPILERS = {"tpu": ["libtpu"], "cpu": []}  # beside jaxlib; a GPU's is another one
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Compiled:
         path = _path(name, self.target)
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         text = hlo_text.strip(self.hlo)
-        data["hlo"] = text if len(text) < 60_000 else hlo_text.sent(text)
+        data["hlo"] = text if len(text) < 60_000 else hlo_text.only_collectives(text)
         data["columns"] = [f.name for f in fields(Op)]
         data["ops"] = [astuple(op) for op in self.ops]
         packed = gzip.compress(json.dumps(data).encode(), 9, mtime=0)
@@ -163,7 +166,7 @@ def read(target: str, compiled, origin: str, seconds: float) -> Compiled:
     return Compiled(
         target=target,
         origin=origin,
-        versions=_versions(target),
+        versions=versions(*COMPILERS.get(target[:3], ["jax-cuda12-pjrt"])),
         date=datetime.date.today().isoformat(),
         compile_seconds=round(seconds, 2),
         memory=memory,
@@ -198,16 +201,3 @@ def diff(*programs: Compiled, names: Sequence[str] | None = None) -> hlo_view.Ta
     """Programs or targets side by side, by kind of kernel; names default to targets."""
     names = names or [p.target for p in programs]
     return hlo_view.compare(dict(zip(names, programs, strict=True)))
-
-
-def _versions(target: str) -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    package = {"tpu": "libtpu", "cpu": None}.get(target[:3], "jax-cuda12-pjrt")
-    if package:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return found

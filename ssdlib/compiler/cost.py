@@ -9,9 +9,23 @@ transcendentals and data movement.
 import math
 import re
 
-from ssdlib.hlo_text import Computation, Instruction, Module, Shape
+from ssdlib.compiler.text import (
+    COLLECTIVES,
+    Computation,
+    Instruction,
+    Module,
+    Shape,
+    parse,
+)
 
-__all__ = ["executed", "flops", "inside", "traffic", "trip_count"]
+__all__ = [
+    "bytes_moved",
+    "collectives",
+    "executed",
+    "flops",
+    "inside",
+    "trip_count",
+]
 
 _TRANSCENDENTAL = set(
     "exponential exponential-minus-one log log-plus-one logistic power sqrt cbrt rsqrt "
@@ -28,6 +42,7 @@ FREE = set(  # names for values, not work
     "parameter constant tuple get-tuple-element bitcast after-all partition-id "
     "replica-id add-dependency opt-barrier".split()
 )
+_ALONE = re.compile(r"replica_groups=(\[\d+,1\]|\{\{\d+\})")  # groups of one device
 _MEMORY_NAMES = "AllocateBuffer", "ConcatBitcast"  # custom calls of libtpu without code
 
 
@@ -37,7 +52,7 @@ _MEMORY_NAMES = "AllocateBuffer", "ConcatBitcast"  # custom calls of libtpu with
 def executed(module: Module) -> list[tuple[Instruction, Computation, int | None]]:
     """(instruction, its computation, times) for all that runs, in order.
 
-    Loop bodies count as often as they run; times is None where the text does not tell
+    Loop bodies count as often as they run; times is None where the text does not say
     (then also for loops inside). Of a conditional's branches the one with the
     most work counts. The insides of a fusion are not listed: they are one kernel.
     """
@@ -69,13 +84,13 @@ def _walk(module, name, times):
 def _weight(module, branch):
     """FLOPs plus bytes: which branch of a conditional is the costly one."""
     return sum(
-        (times or 1) * (flops(module, i, at) + traffic(module, i, at)[1])
+        (times or 1) * (flops(module, i, at) + bytes_moved(module, i, at)[1])
         for i, at, times in branch
     )
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction):
-    """How often a `while` runs its body; None if the text does not tell.
+    """How often a `while` runs its body; None if the text does not say.
 
     Given by the compiler, or read off a condition `i < n` where i starts at a constant
     and the loop counts by 1, as every scan of JAX does.
@@ -101,16 +116,16 @@ def trip_count(module: Module, computation: Computation, loop: Instruction):
     if start.opcode != "constant" or body.root.opcode != "tuple":
         return None
     after = body.instructions[body.root.operands[index]]
-    if _sum(module, body, after, index) != (1, 1):
+    if _counted_on(module, body, after, index) != (1, 1):
         return None
     return max(0, limits[0] - int(start.literal))
 
 
-def _sum(module, at, i, index, arguments=()):
-    """(m, n) where a value of a loop's body is m counter + n; None for any other."""
+def _counted_on(module, at, i, index, arguments=()):
+    """(m, n) where a value in the body of a loop is m counter + n; else None."""
 
     def of(name):
-        return _sum(module, at, at.instructions[name], index, arguments)
+        return _counted_on(module, at, at.instructions[name], index, arguments)
 
     if i.opcode == "constant":
         return (0, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
@@ -127,12 +142,29 @@ def _sum(module, at, i, index, arguments=()):
     if i.opcode == "fusion":
         called = module.computations[i.called("calls")[0]]
         values = tuple(map(of, i.operands))
-        return _sum(module, called, called.root, index, values)
+        return _counted_on(module, called, called.root, index, values)
     return None
 
 
 def _words(attributes: str) -> list[str]:
     return re.findall(r"[\w=]+", attributes)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Kind -> (how many, bytes that one device puts in), from a compiled program.
+
+    Counts each instruction once: no loop of these programs holds any.
+    """
+    found: dict = {}
+    for computation in parse(text).computations.values():
+        lines = computation.instructions
+        for i in lines.values():
+            kind = i.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and not _ALONE.search(i.attributes):
+                sizes = (s.nbytes for name in i.operands for s in lines[name].shapes)
+                n, total = found.get(kind, (0, 0))
+                found[kind] = n + 1, total + int(sum(sizes))
+    return found
 
 
 # --- work of one instruction ---------------------------------------------------------
@@ -202,7 +234,7 @@ def _convolution(i: Instruction, shapes: list[Shape]) -> int:
     return total // (int(groups[1]) if groups else 1)
 
 
-def traffic(module: Module, i: Instruction, at: Computation) -> tuple[float, float]:
+def bytes_moved(module: Module, i: Instruction, at: Computation) -> tuple[float, float]:
     """(bytes to and from main memory, bytes to and from all memories), one execution.
 
     Every operand is read once and the result written once. Only the slice counts where

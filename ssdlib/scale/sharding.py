@@ -2,7 +2,7 @@
 
 A mesh has three axes, and any of them may be 1. `data` splits the batch, `model` splits
 heads with their groups and projections, `seq` the tokens of a prefill. `parallel` is
-the program that runs on it. `spread` is for all other functions of the library.
+the program that runs on it. `shard_as_is` is for all other functions of the library.
 
 Split by heads, the rows of W_in are a mixture: z, x and dt go by head, B and C by
 group. Here device i of `model` holds its own [z_i; x_i; B_i; C_i; dt_i] one below the
@@ -23,12 +23,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ssdlib import cache as one_device
 from ssdlib._checks import check_is, check_size, described
 from ssdlib.cache import Cache, check_layout
+from ssdlib.checkpoint.weights import open_slices
 from ssdlib.config import Mamba2Config
 from ssdlib.params import Params
 from ssdlib.params import check_params as check_tree
-from ssdlib.weights import open_slices
 
-__all__ = ["init_cache", "load", "make_mesh", "shard", "spread"]
+__all__ = ["init_cache", "load", "make_mesh", "shard_as_is", "shard_by_head"]
 
 AXES = "data", "seq", "model"
 AnyMesh = Mesh | AbstractMesh  # where sizes alone are asked for, no devices are needed
@@ -152,7 +152,7 @@ def _place(config, mesh, key, value, read):
     return jax.make_array_from_callback(tuple(shape), sharding, part)
 
 
-def shard(params: Params, config: Mamba2Config, mesh: Mesh) -> Params:
+def shard_by_head(params: Params, config: Mamba2Config, mesh: Mesh) -> Params:
     """Lay out parameters over a mesh, as `prefill` and `decode_step` here want them.
 
     Works on arrays that each process has whole, and on `ShapeDtypeStruct`s: those gain
@@ -188,11 +188,11 @@ def load(
     return params, config
 
 
-def spread(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
+def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
     """Lay out parameters, or a cache, for `forward`, `prefill` and `generate`.
 
     Those functions run on a mesh as they are: XLA sees where the arrays lie and adds
-    what must be sent. With spread parameters `model` splits the work, with a spread
+    what must be sent. With parameters laid out so, `model` splits the work, with such a
     cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so the parts of
     W_in straddle devices and more is sent than by `parallel`. What an axis does not
     divide lies whole on every device. Raises ValueError for any other tree or mesh, and
@@ -232,7 +232,7 @@ def cache_spec(config: Mamba2Config) -> Cache:
 def init_cache(
     config: Mamba2Config, mesh: Mesh, batch_size: int, dtype=jnp.float32
 ) -> Cache:
-    """`ssdlib.init_cache` over a mesh. Channels of conv lie as in `shard`.
+    """`ssdlib.init_cache` over a mesh. Channels of conv lie as in `shard_by_head`.
 
     Raises ValueError if `data` does not divide the batch size.
     """
@@ -278,7 +278,7 @@ def check_batch(mesh, b) -> None:
 
 
 def check_params(mesh, params) -> None:
-    """Raise ValueError unless `shard` or `load` laid out the parameters for this mesh.
+    """Raise ValueError unless `shard_by_head` or `load` laid out params for this mesh.
 
     Rows of W_in in the order of `model` can have the same shape and compute nonsense.
     """
@@ -288,8 +288,8 @@ def check_params(mesh, params) -> None:
     sharding = getattr(v, "sharding", None)
     if getattr(sharding, "mesh", None) != mesh:
         raise ValueError(
-            f"params: laid out as {sharding}; they must come from sharding.shard or "
-            "sharding.load with this mesh"
+            f"params: laid out as {sharding}; they must come from shard_by_head or "
+            "load of ssdlib.scale.sharding, with this mesh"
         )
 
 

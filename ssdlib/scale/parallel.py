@@ -8,12 +8,13 @@ across devices. What crosses is in `platforms`; parameters and caches come from
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.
 """
 
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import (
@@ -26,19 +27,23 @@ from ssdlib._checks import (
 from ssdlib.cache import Cache
 from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, read
-from ssdlib.params import Params
+from ssdlib.params import Params, init_params
 from ssdlib.platforms import Axes
-from ssdlib.sharding import (
+from ssdlib.scale.sharding import (
+    AnyMesh,
+    cache_shapes,
     cache_spec,
     check_batch,
     check_cache,
     check_params,
     init_cache,
+    local_config,
     map_params,
+    shard_by_head,
     spec,
 )
 
-__all__ = ["decode_step", "prefill"]
+__all__ = ["bytes_sent", "compile_over", "decode_step", "prefill"]
 
 # --- the public functions ------------------------------------------------------------
 
@@ -53,9 +58,8 @@ def prefill(
 ) -> tuple[Float[Array, "b V"], Cache]:
     """`ssdlib.prefill` over a mesh: the same logits and states, from sharded params.
 
-    Any T: it is filled up to equal segments with tokens that change nothing. `traffic`
-    says what is sent. Raises ValueError as `ssdlib.prefill` does, and if `data` does
-    not divide b.
+    Any T: it is filled up to equal segments with tokens that change nothing. Raises
+    ValueError as `ssdlib.prefill` does, and if `data` does not divide b.
     """
     check_tokens(tokens, config.vocab_size, lengths)
     (b, T), seq = tokens.shape, mesh.shape["seq"]
@@ -114,3 +118,61 @@ def _run(params, config, mesh, tokens, cache, lengths, split):
 def segment(config, T, seq) -> int:
     """Tokens a device; never fewer than the convolution looks back, and never one."""
     return T if seq == 1 else max(-(-T // seq), config.d_conv - 1, 2)
+
+
+# --- what is sent ---------------------------------------------------------------------
+
+
+def bytes_sent(
+    config: Mamba2Config, mesh: AnyMesh, b: int, T: int, itemsize: int = 4
+) -> dict[str, int]:
+    """Bytes that one device puts into collectives, by kind, for `prefill` of (b, T).
+
+    On `model`: an all-reduce of 4 b T d_model for the embedding and for each layer;
+    with fewer groups than devices, one of 4 G b T a layer for the norm. On `seq`, for
+    each layer: permutes of ⌈log₂ n⌉ pairs of b H (P N + 1) numbers (the last round
+    needs no decay), of one state, and of d_conv - 1 rows of the convolution; an
+    all-reduce of the final state and rows; once, of the last token. b, T and H are
+    those of one device.
+
+    T = 1 is `decode_step`. `compiler.cost.collectives` counts the same in a compiled
+    program. What is counted is the payload: a ring all-reduce of it
+    sends 2 (n - 1)/n times as much. Where products need less than float32, a compiler
+    may send the state that enters a segment in bfloat16. Not counted: logits, which are
+    gathered if n does not divide the vocabulary.
+    """
+    local, seq = local_config(config, mesh), mesh.shape["seq"]
+    model, L, d = mesh.shape["model"], config.n_layers, config.d_model
+    split = seq > 1 and T > 1
+    b, T = b // mesh.shape["data"], segment(config, T, seq) if split else T
+    sent: Counter = Counter()
+    if model > 1:
+        sent["all-reduce"] += 4 * b * T * d * (L + 1)
+    if model > config.n_groups:
+        sent["all-reduce"] += 4 * config.n_groups * b * T * L
+    if split:
+        state = 4 * b * local.n_heads * config.head_dim * config.d_state
+        conv = itemsize * b * (config.d_conv - 1) * local.d_xBC
+        rounds = (seq - 1).bit_length()
+        pairs = rounds * state + (rounds - 1) * 4 * b * local.n_heads
+        sent["collective-permute"] += L * (pairs + state + conv)
+        sent["all-reduce"] += L * (state + conv) + 4 * b * d
+    return dict(sent)
+
+
+def compile_over(config: Mamba2Config, mesh: Mesh, b: int, T: int, dtype=jnp.float32):
+    """`prefill` of (b, T), or `decode_step` for T = 1, compiled for a mesh.
+
+    Its devices may be absent, as those of `compiler.targets.tpu_slice`. Returns jax's
+    compiled object.
+    """
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    function, shape = (prefill, (b, T)) if T > 1 else (decode_step, (b,))
+    program = jax.jit(
+        lambda params, tokens, cache: function(params, config, mesh, tokens, cache),
+        donate_argnums=2,
+    )
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    cache = cache_shapes(config, mesh, b, dtype)
+    return program.lower(shard_by_head(shapes, config, mesh), tokens, cache).compile()

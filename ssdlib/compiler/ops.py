@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssdlib import hlo_cost, hlo_text
+from ssdlib.compiler import cost as hlo_cost
+from ssdlib.compiler import text as hlo_text
 
 __all__ = ["Op", "table"]
 
@@ -43,7 +44,7 @@ def table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
     for i, at, times in hlo_cost.executed(module):
         unknown += times is None
         times = times or 1
-        main, _ = hlo_cost.traffic(module, i, at)
+        main, _ = hlo_cost.bytes_moved(module, i, at)
         pairs = hlo_cost.inside(module, i)
         opcodes = sorted({j.opcode for j, _ in pairs} - hlo_cost.FREE)
         scope, primitive, source, code = _origin(module, i, at, pairs)

@@ -9,8 +9,8 @@ at e9594ce, mamba_ssm/modules/mamba2.py and models/config_mamba.py.
 import math
 from pathlib import Path
 
+from ssdlib.checkpoint.hub import read_json
 from ssdlib.config import Mamba2Config
-from ssdlib.hub import read_json
 
 __all__ = ["load_config", "to_json"]
 

@@ -13,7 +13,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -21,14 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ssdlib import record, roofline
 from ssdlib.cache import init_cache
+from ssdlib.compiler.chips import CHIPS, Chip
+from ssdlib.compiler.targets import attached, chip_name
+from ssdlib.compiler.view import count
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import generate
-from ssdlib.hlo_view import count
+from ssdlib.measure import record, roofline
+from ssdlib.measure.roofline import Work, with_chunks_of
 from ssdlib.model import forward, prefill
 from ssdlib.params import Params, init_params
-from ssdlib.roofline import HARDWARE, Chip, Work, counted
 
 __all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "shapes", "work"]
 
@@ -42,7 +44,7 @@ Key = tuple[str, int]  # what and length: one row of the table
 
 @dataclass(frozen=True)
 class Program:
-    """One row of the table, ready to run, and what its compilation told."""
+    """One row of the table, ready to run, and how it was compiled."""
 
     sample: Callable[[], float]  # seconds of one pass, or of one step of the loop
     compile_seconds: float
@@ -72,10 +74,10 @@ def bench(
     and, before anything is allocated, for sizes that do not fit the memory.
     """
     _check(what, lengths, batch, dtype, repeats)
-    device = record.attached(target)
+    device = attached(target)
     keys = [(w, T) for T in sorted({*lengths}) for w in WHAT if w in what]
     sizes = config, batch, dtype
-    shaped = counted(config, device.platform), batch, dtype
+    shaped = with_chunks_of(device.platform, config), batch, dtype
     facts = {
         **record.provenance(device),
         "command": command,
@@ -93,7 +95,7 @@ def bench(
         peak = _peak(device, peak)
     facts["load"] = {"before": load, "after": record.load_average()}
     facts["memory"] = memory | {"peak": record.peak_memory(device)}
-    facts["peak"] = None if peak is None else asdict(peak)
+    facts["peak"] = None if peak is None else peak.peaks
     facts["rows"] = [
         record.row(key, batch, programs[key], seconds[key], work(key, *shaped), peak)
         for key in keys
@@ -149,7 +151,7 @@ def work(key: Key, config: Mamba2Config, batch: int, dtype: str = "float32") -> 
 def _peak(device: jax.Device, before: Chip | None = None) -> Chip | None:
     """The chip's published peaks; a CPU's are measured, the best of two times."""
     if device.platform != "cpu":
-        return HARDWARE.get(record.chip_name(device))
+        return CHIPS.get(chip_name(device))
     now = roofline.measure_cpu()
     if before is not None:
         flops = max(now.flops, before.flops)
@@ -211,10 +213,9 @@ def _decoders(keys, params, config, cache, batch) -> dict[Key, Program]:
     lengths = [T for what, T in keys if what == "decode"]
     tokens = _tokens(config, batch, max(lengths, default=0))
     for T in lengths:
-        while read < T:
-            piece = tokens[:, read : min(read + PIECE, T)]
-            _, cache = prefill(params, config, piece, cache)
-            read += piece.shape[1]
+        if read < T:
+            _, cache = prefill(params, config, tokens[:, read:T], cache, piece=PIECE)
+        read = T
         run = partial(generate, params, config, tokens[:, -1:], cache=cache)
         first, again, _ = _seconds(run, LOOP), _seconds(run, LOOP), _seconds(run, 1)
         programs["decode", T] = Program(partial(_step, run), max(0.0, first - again))

@@ -27,18 +27,18 @@ from ssdlib._checks import (
     check_size,
     check_tokens,
 )
-from ssdlib.generate import Generation, Start, run, run_blocks
-from ssdlib.model import ArrayLike
-from ssdlib.params import Params
-from ssdlib.platforms import linear, rms_norm
-from ssdlib.sample import check_options
-from ssdlib.transformer import (
+from ssdlib.beyond.kv_cache import (
     AttentionConfig,
     KVCache,
     check_cache,
     init_cache,
     init_params,
 )
+from ssdlib.generate import Generation, Start, run, run_blocks
+from ssdlib.model import ArrayLike
+from ssdlib.params import Params
+from ssdlib.platforms import linear, rms_norm
+from ssdlib.sample import check_options
 
 __all__ = [
     "AttentionConfig",

@@ -2,8 +2,9 @@
 
     loss = -(1/T) Σ_t log p(byte_{t+1} | byte_1 ... byte_t)        (nats per byte)
 
-`python -m ssdlib.train FOLDER` made the model behind `ssdlib.load("tiny")`; the
-folder's `training.json` records how. Needs the `train` extra (optax).
+`python -m ssdlib.companion.train_tiny FOLDER` made the model behind
+`ssdlib.load("tiny")`; the folder's `training.json` records how. Needs the `train` extra
+(optax).
 """
 
 import argparse
@@ -23,11 +24,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ssdlib.checkpoint.weights import save
 from ssdlib.config import Mamba2Config
 from ssdlib.evaluate import next_token_loss
 from ssdlib.model import ArrayLike, forward
 from ssdlib.params import Params, init_params
-from ssdlib.weights import save
 
 __all__ = ["bits_per_byte", "corpus", "order2_bits_per_byte", "train", "xz_bits"]
 
@@ -189,7 +190,9 @@ def xz_bits(text: bytes, context: bytes) -> float:
 
 def main() -> None:
     """Train, evaluate beside the baselines, and save model and record."""
-    parser = argparse.ArgumentParser(prog="python -m ssdlib.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m ssdlib.companion.train_tiny", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -205,7 +208,7 @@ def main() -> None:
     start = time.perf_counter()
     params, losses = train(TINY, rest, **args, log=partial(print, flush=True))
     record = {
-        "command": "python -m ssdlib.train FOLDER "
+        "command": "python -m ssdlib.companion.train_tiny FOLDER "
         + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in args.items()),
         "corpus": "standard library docstrings and pydoc_data.topics, deduplicated",
         "corpus_bytes": len(text),

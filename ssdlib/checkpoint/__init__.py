@@ -1,0 +1,1 @@
+"""Files in and out: weights, configurations, tokenizers, and where they come from."""

@@ -1,0 +1,1 @@
+"""What XLA makes of a program for a chip, attached or absent."""
