@@ -70,7 +70,13 @@ def check_key(key) -> None:
     """Raise ValueError unless key is one key of `jax.random`, typed or raw."""
     dtype, rank = getattr(key, "dtype", None), np.ndim(key) if key is not None else 0
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and rank == 0) and not (dtype == jnp.uint32 and rank == 1):
+    if dtype == jnp.uint32 and rank == 1:
+        try:  # the size depends on the generator that JAX is set to
+            jax.random.wrap_key_data(key)
+            return
+        except TypeError:
+            typed = False
+    if not (typed and rank == 0):
         what = described(key) if dtype is None else f"{dtype} of shape {key.shape}"
         raise ValueError(f"key: {what}; it must be a jax.random.key")
 

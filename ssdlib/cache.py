@@ -75,13 +75,13 @@ def append_inputs(conv, new):
 
 def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
     """Raise ValueError unless the cache belongs to this model and batch size."""
-    check_is("cache", cache, Cache)
     conv, h = _shapes(config, batch_size)
     check_layout(cache, conv, [h] * config.n_layers, "this model and batch need")
 
 
 def check_layout(cache, conv, h, who: str) -> None:
     """Raise ValueError unless the cache's arrays have these shapes."""
+    check_is("cache", cache, Cache)
     got = jnp.shape(cache.conv), [jnp.shape(v) for v in cache.h]
     if got != (conv, h) or jnp.shape(cache.length) != conv[:1]:
         at, need = ((conv, len(h), h[:1]) for conv, h in (got, (conv, h)))

@@ -105,5 +105,5 @@ def _score(params, config, tokens, targets, real, cache):
     logits, cache = read_all(params, config, tokens, cache, real)
     loss = next_token_loss(logits, targets)
     return jnp.where(
-        jnp.arange(loss.shape[1])[None] < real[:, None], loss, 0
+        jnp.arange(loss.shape[1], dtype=jnp.int32)[None] < real[:, None], loss, 0
     ).sum(), cache

@@ -224,7 +224,9 @@ def _generation(
     fill, masked = 0 if eos_id is None else eos_id, masked or eos_id is not None
     alive = real > 0 if masked else jnp.ones(b, bool)
     if options.key is not None:
-        keys = jax.vmap(partial(jax.random.fold_in, options.key))(jnp.arange(b))
+        keys = jax.vmap(partial(jax.random.fold_in, options.key))(
+            jnp.arange(b, dtype=jnp.int32)
+        )
 
     def pick(logits, cache):
         now = None

@@ -131,7 +131,7 @@ def _forward(params, config, tokens, lengths):
     cache = init_cache(config, len(tokens), params["embedding"].dtype)
     logits, _ = read_all(params, config, tokens, cache, lengths)
     if lengths is not None:
-        real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+        real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         logits = jnp.where(real[..., None], logits, 0)
     return logits
 
@@ -219,7 +219,9 @@ def _block(p, config, axes, r, conv, h, left):
     dt = _add_bias(dt[:b].astype(h.dtype), p["dt_bias"])
     dt = jnp.clip(jax.nn.softplus(dt), *config.time_step_limit)
     if left is not None:  # a token of dt = 0 neither decays nor writes the state
-        dt = jnp.where((jnp.arange(T)[None] < left[:, None])[..., None], dt, 0)
+        dt = jnp.where(
+            (jnp.arange(T, dtype=jnp.int32)[None] < left[:, None])[..., None], dt, 0
+        )
     A = -jnp.exp(p["A_log"])
 
     if T == 1:
@@ -281,7 +283,7 @@ def _causal_conv(v, conv, weight, lengths):
     out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
     if lengths is None or T == 1:
         return out, window[:, max(T, K) :]
-    index = lengths[:, None] + jnp.arange(K)[None]
+    index = lengths[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
     return out, jnp.take_along_axis(window, index[..., None], axis=1)
 
 

@@ -1,5 +1,6 @@
 """Random inputs for the three forms, in several regimes of decay."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,6 +10,11 @@ REGIMES = {  # range of dt and of -A: how far the state remembers
     "strong decay": ((1.0, 10.0), (4.0, 16.0)),
     "mixed decay": ((1e-4, 20.0), (0.01, 16.0)),
 }
+
+try:
+    enable_x64 = jax.enable_x64
+except AttributeError:  # before jax 0.8
+    from jax.experimental import enable_x64  # noqa: F401
 
 
 def ssd_inputs(

@@ -16,7 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
-from inputs import ssd_inputs
+from inputs import enable_x64, ssd_inputs
 from jax.sharding import PartitionSpec
 from oracle import error, ssd
 
@@ -125,7 +125,7 @@ def sent(shape, change):
 def segments(regime):
     """Errors of eight segments in float64 against the definition, whole and broken."""
     mesh = sharding.make_mesh(seq=8)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         arrays = ssd_inputs(40, regime=regime, dtype=np.float64)
         y_star, h_star = ssd(*arrays)
         token, whole = PartitionSpec(None, "seq"), PartitionSpec()

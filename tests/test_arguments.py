@@ -1,6 +1,7 @@
 """A wrong argument of a public function raises a ValueError that names it, at once."""
 
 import dataclasses
+import importlib
 import math
 
 import jax
@@ -11,6 +12,8 @@ from inputs import ssd_inputs
 
 import ssdlib
 from ssdlib import Mamba2Config, init_cache, init_params
+from ssdlib.beyond import transformer
+from ssdlib.scale import sharding
 
 pytestmark = pytest.mark.usefixtures("as_user")
 
@@ -34,6 +37,19 @@ STEP = dict(zip(*STEP, strict=True))
 STEP |= {name: v[:, 0] for name, v in STEP.items() if name.endswith("_t")}
 DRAW = dict(temperature=0.7, top_k=3, top_p=0.9, eos_id=1, key=jax.random.key(0))
 DRAW |= MODEL | dict(prompt=TOKENS, max_new_tokens=3, lengths=LENGTHS)
+BASE = dict(config=transformer.AttentionConfig.like(CONFIG))
+RIVAL = BASE | dict(params=transformer.init_params(BASE["config"], jax.random.key(0)))
+ROOM = transformer.init_cache(BASE["config"], 2, 9)
+LIMITS = {k: v for k, v in DRAW.items() if k not in (*MODEL, "lengths")}
+MESH = sharding.make_mesh()
+OVER = dict(params=sharding.shard_by_head(PARAMS, CONFIG, MESH), config=CONFIG)
+OVER |= dict(mesh=MESH)
+EVERYWHERE = sharding.init_cache(CONFIG, MESH, 2)
+QKV = {name: np.full((2, 5, 3, 4), 0.5, np.float32) for name in "qkv"}
+GATE, QKV_STATE = (
+    np.full((2, 5, 3), 0.5, np.float32),
+    np.zeros((2, 3, 4, 4), np.float32),
+)
 ARGUMENTS = {
     "ssd_step": STEP,
     "ssd_recurrent": SEQUENCE,
@@ -50,8 +66,42 @@ ARGUMENTS = {
     "stream": DRAW | dict(cache=init_cache(CONFIG, 2), block=2),
     "load": dict(source="tiny", dtype=jnp.float32, revision=None),
     "save": MODEL | dict(folder="never written"),
-    "compile_for": dict(fn=jnp.sin, target="cpu", donate_argnums=()),
+    "compile_for": dict(fn=lambda: 1, target="cpu", donate_argnums=()),
     "Mamba2Config": dataclasses.asdict(CONFIG),
+    "evaluate.evaluate": MODEL | dict(tokens=TOKENS[0], piece=3),
+    "evaluate.next_token_loss": dict(
+        logits=np.zeros((2, 5, 61), np.float32), targets=TOKENS
+    ),
+    "beyond.transformer.init_params": BASE
+    | dict(key=jax.random.key(0), dtype="float32"),
+    "beyond.transformer.init_cache": BASE
+    | dict(batch_size=2, max_len=9, dtype=jnp.float32),
+    "beyond.transformer.forward": RIVAL | dict(tokens=TOKENS),
+    "beyond.transformer.prefill": RIVAL | dict(tokens=TOKENS, cache=ROOM),
+    "beyond.transformer.decode_step": RIVAL | dict(token=TOKENS[:, 0], cache=ROOM),
+    "beyond.transformer.generate": RIVAL | LIMITS | dict(cache=ROOM),
+    "beyond.transformer.stream": RIVAL | LIMITS | dict(cache=ROOM, block=2),
+    "scale.sharding.make_mesh": dict(data=1, seq=1, model=1, devices=jax.devices()),
+    "scale.sharding.local_config": dict(config=CONFIG, mesh=MESH),
+    "scale.sharding.shard_by_head": MODEL | dict(mesh=MESH),
+    "scale.sharding.shard_as_is": dict(tree=PARAMS, mesh=MESH),
+    "scale.sharding.load": dict(
+        source="tiny", mesh=MESH, dtype=jnp.float32, revision=None
+    ),
+    "scale.sharding.init_cache": dict(
+        config=CONFIG, mesh=MESH, batch_size=2, dtype=jnp.float32
+    ),
+    "scale.parallel.prefill": OVER
+    | dict(tokens=TOKENS, cache=EVERYWHERE, lengths=LENGTHS),
+    "scale.parallel.decode_step": OVER | dict(token=TOKENS[:, 0], cache=EVERYWHERE),
+    "scale.parallel.bytes_sent": dict(config=CONFIG, mesh=MESH, b=2, T=5, itemsize=4),
+    "beyond.scalar_decay.linear_attention": QKV | dict(h0=QKV_STATE, chunk_size=4),
+    "beyond.scalar_decay.simple_gla": QKV
+    | dict(log_a=-GATE, h0=QKV_STATE, chunk_size=4),
+    "beyond.scalar_decay.retention": QKV | dict(state=None, chunk_size=4),
+    "beyond.scalar_decay.mlstm": QKV | dict(log_i=-GATE, log_f=-GATE, chunk_size=4),
+    "beyond.matrix_decay.gla": QKV | dict(log_a=-QKV["k"], h0=QKV_STATE, sub_chunk=4),
+    "beyond.matrix_decay.delta_net": QKV | dict(beta=GATE, h0=QKV_STATE, chunk_size=4),
 }
 FINE = {  # (argument, what is wrong elsewhere)
     *((name, "nothing") for name in ("D", "h0", "lengths", "cache", "revision")),
@@ -62,6 +112,8 @@ FINE = {  # (argument, what is wrong elsewhere)
     ("folder", "text"),
     ("revision", "text"),
     ("donate_argnums", "a list"),
+    ("devices", "nothing"),
+    ("state", "nothing"),
 }
 NEEDED = {("decode_step", "cache", "nothing")}
 CASES = [
@@ -73,13 +125,24 @@ CASES = [
 ]
 
 
+def public(name):
+    module, _, function = f"ssdlib.{name}".rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_right_arguments_are_accepted(function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    public(function)(**ARGUMENTS[function])
+
+
 @pytest.mark.parametrize("function", ARGUMENTS)
 def test_a_wrong_argument_is_named(function):
     for name, argument, wrong in CASES:
         if name == function:
             arguments = ARGUMENTS[function] | {argument: WRONG[wrong]}
             with pytest.raises((ValueError, OSError)) as caught:
-                getattr(ssdlib, function)(**arguments)
+                public(function)(**arguments)
             assert str(caught.value).startswith(f"{argument}: "), (argument, wrong)
 
 

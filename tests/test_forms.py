@@ -10,7 +10,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import REGIMES, ssd_inputs
+from inputs import REGIMES, enable_x64, ssd_inputs
 from jax.test_util import check_grads
 
 import ssdlib.quadratic
@@ -42,7 +42,7 @@ def test_every_form_equals_the_oracle_in_float32(form, regime, H, G):
 @each_form
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_form_equals_the_oracle_in_float64(form, regime):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         inputs = ssd_inputs(29, regime=regime, dtype=jnp.float64)
         for ours, theirs in zip(form(*inputs), oracle.ssd(*inputs), strict=True):
             assert ours.dtype == jnp.float64
@@ -171,7 +171,7 @@ def test_gradients_of_chunked_equal_those_of_recurrent(Q, regime):
 
 
 def test_gradients_of_quadratic_equal_finite_differences():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         inputs = ssd_inputs(9, b=1, H=2, G=1, dtype=jnp.float64)
         check_grads(jax.jit(ssd_quadratic), inputs, order=1, modes=["fwd", "rev"])
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inputs import enable_x64
 
 from ssdlib import (
     Mamba2Config,
@@ -590,3 +591,27 @@ def test_bad_arguments_are_named(function, change, message):
 def test_a_bad_block_is_named_at_the_call():
     with pytest.raises(ValueError, match="block: 0; it must be an integer of at"):
         stream(PARAMS, CONFIG, PROMPT, 4, block=0)
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+@pytest.mark.parametrize("how", [{}, SAMPLERS["top-k and top-p"]], ids=["", "drawn"])
+def test_lengths_of_any_integers_work_in_double_precision(how, dtype):
+    lengths = np.asarray([3, 11, 0], dtype)
+    want = generate(PARAMS, CONFIG, PROMPT, 5, lengths=lengths, eos_id=2, **how)
+    with enable_x64(True):
+        got = generate(PARAMS, CONFIG, PROMPT, 5, lengths=lengths, eos_id=2, **how)
+        prefill(PARAMS, CONFIG, PROMPT, None, lengths, piece=4)
+        forward(PARAMS, CONFIG, PROMPT, lengths)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_raw_key_of_the_wrong_size_is_named():
+    with pytest.raises(ValueError, match=r"key: uint32 of shape \(3,\)"):
+        generate(PARAMS, CONFIG, PROMPT, 4, temperature=1.0, key=np.zeros(3, np.uint32))
+    raw = generate(
+        PARAMS, CONFIG, PROMPT, 4, temperature=1.0, key=jax.random.PRNGKey(7)
+    )
+    new = generate(PARAMS, CONFIG, PROMPT, 4, temperature=1.0, key=KEY)
+    np.testing.assert_array_equal(raw.tokens, new.tokens)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from inputs import enable_x64
 
 from ssdlib import decay_mask, segsum
 
@@ -69,7 +70,7 @@ def test_the_mask_is_lower_triangular_with_ones_on_the_diagonal():
 
 
 def test_every_block_below_the_diagonal_has_rank_one():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         log_a = -jnp.exp(jax.random.normal(jax.random.key(0), (24,), jnp.float64) - 2)
         L = np.asarray(decay_mask(log_a))
     for cut in (1, 5, 12, 23):

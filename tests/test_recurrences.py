@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import oracle_recurrences as loops
 import pytest
+from inputs import enable_x64
 
 import ssdlib.quadratic
 from ssdlib import decay_mask, ssd_chunked, ssd_recurrent
@@ -119,7 +120,7 @@ def test_a_model_equals_the_loop_of_its_paper_in_float32(name):
 
 @each_model
 def test_a_model_equals_the_loop_of_its_paper_in_float64(name):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         _, args, loop = case(name, 37, dtype=jnp.float64)
         y_star, _ = definition(name, loop, args)
         y, _ = run(name, args, 8)

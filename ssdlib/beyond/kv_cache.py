@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ssdlib._checks import check_size
+from ssdlib._checks import check_is, check_key, check_size, floating
 from ssdlib.config import Mamba2Config
-from ssdlib.params import Params
+from ssdlib.params import Params, check_params
 from ssdlib.params import init_params as init_mamba_params
 
 __all__ = ["AttentionConfig", "KVCache", "init_cache", "init_params"]
@@ -110,8 +110,10 @@ def init_cache(
     A step reads all of it, full or not: make it no longer than the context.
     Raises ValueError if a size is below 1.
     """
+    check_is("config", config, AttentionConfig)
     for name, size in (("batch_size", batch_size), ("max_len", max_len)):
         check_size(name, size)
+    dtype = floating(dtype)
     shape = (batch_size * config.n_kv_heads, max_len, config.head_dim)
     k, v = (
         tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in "kv"
@@ -121,6 +123,9 @@ def init_cache(
 
 def init_params(config: AttentionConfig, key: Array, dtype=jnp.float32) -> Params:
     """Random parameters as a plain pytree: matrices (outputs, inputs) in `dtype`."""
+    check_is("config", config, AttentionConfig)
+    check_key(key)
+    dtype = floating(dtype)
     d, f32 = config.d_model, jnp.float32
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     residual = 1 / math.sqrt(2 * config.n_layers)
@@ -151,8 +156,15 @@ def init_params(config: AttentionConfig, key: Array, dtype=jnp.float32) -> Param
     }
 
 
+def check_model(params, config) -> None:
+    """Raise ValueError unless config is one, and params are its parameters."""
+    check_is("config", config, AttentionConfig)
+    check_params(params, config)
+
+
 def check_cache(config, cache, b, T) -> None:
     """Raise ValueError unless the cache fits the model and has room for T more."""
+    check_is("cache", cache, KVCache)
     want = (b * config.n_kv_heads, cache.capacity, config.head_dim)
     shapes = [jnp.shape(leaf) for leaf in (*cache.k, *cache.v)]
     if shapes != [want] * (2 * config.n_layers):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssdlib._checks import check_shapes
+from ssdlib._checks import check_shapes, check_size
 from ssdlib.chunked import _split_chunks
 from ssdlib.quadratic import ssd_quadratic
 from ssdlib.recurrence import ssd_step, to_accumulator, zero_state
@@ -113,7 +113,8 @@ def delta_net(
 def _prepare(q, k, v, h0, **gate):
     """Check, cast to the accumulator dtype, and start from zeros if h0 is None."""
     letters = {"v": (v, "b T H P"), "k": (k, "b T H N"), "q": (q, "b T H N")}
-    check_shapes(**letters, **gate)
+    past = {} if h0 is None else {"h0": (h0, "b H P N")}
+    check_shapes(**letters, **gate, **past)
     ((gate, _),) = gate.values()
     dtype = v.dtype
     v, q, k, gate = to_accumulator(v, q, k, gate)
@@ -129,8 +130,7 @@ def _one_step(h, v, log_a, k, q, dtype):
 
 def _scan(body, h0, inputs, Q, name, dtype):
     """Scan `body` over chunks of Q tokens, the last one filled up with zeros."""
-    if Q < 1:
-        raise ValueError(f"{name}: {Q}; it must be at least 1")
+    check_size(name, Q)
     b, T, H, P = inputs[2].shape
     cut = tuple(_split_chunks(w, 1, min(Q, T))[:, :, 0] for w in inputs)
     h, y = jax.lax.scan(body, h0, cut)

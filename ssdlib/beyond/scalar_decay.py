@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_shapes
+from ssdlib._checks import check_is, check_shapes
 from ssdlib.chunked import ssd_chunked
 from ssdlib.recurrence import accumulator, ssd_step, to_accumulator, zero_state
 
@@ -47,7 +48,7 @@ def simple_gla(
     Source: Yang et al. 2023 (arXiv 2312.06635) with a scalar gate; Qin et al. 2024
     (arXiv 2401.04658), where log_a = -s for the slope s of a head.
     """
-    _check(q, k, v, log_a=(log_a, "H" if jnp.ndim(log_a) == 1 else "b T H"))
+    _check(q, k, v, log_a=(log_a, "H" if np.ndim(log_a) == 1 else "b T H"))
     return _ssd(q, k, v, log_a, h0, chunk_size)
 
 
@@ -101,6 +102,7 @@ def retention(
     T, (H, N) = v.shape[1], (v.shape[2], q.shape[-1])
     if N % 2:
         raise ValueError(f"q: N = {N} channels; rotation needs an even number")
+    check_is("state", state, RetNetState, type(None))
     h, position = (None, jnp.int32(0)) if state is None else state
     dtype = accumulator(v)
     log_gamma = jnp.log1p(-jnp.exp2(-5 - jnp.arange(H, dtype=dtype)))
@@ -149,6 +151,7 @@ def mlstm(
     _check(q, k, v, **gates)
     dtype = v.dtype
     v, log_i, log_f = to_accumulator(v, log_i, log_f)
+    check_is("state", state, MLSTMState, type(None))
     h, m0 = (None, jnp.zeros_like(log_i[:, 0])) if state is None else state
 
     F = jnp.cumsum(log_f, axis=1)
@@ -197,6 +200,7 @@ def mamba3(
     _check_mamba3(x, dt, A, lam, B, C, angle)
     dtype = x.dtype
     x, dt, A, lam, B, C, angle = to_accumulator(x, dt, A, lam, B, C, angle)
+    check_is("state", state, Mamba3State, type(None))
     if state is None:
         past = (jnp.zeros_like(v[:, 0]) for v in (angle, B, x))
         state = Mamba3State(zero_state(x, B), *past)

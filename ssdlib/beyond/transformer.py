@@ -31,6 +31,7 @@ from ssdlib.beyond.kv_cache import (
     AttentionConfig,
     KVCache,
     check_cache,
+    check_model,
     init_cache,
     init_params,
 )
@@ -59,6 +60,7 @@ def forward(
     params: Params, config: AttentionConfig, tokens: Int[ArrayLike, "b T"]
 ) -> Float[Array, "b T V"]:
     """Logits after every token. O(T²) work, and scores of H T² numbers per row."""
+    check_model(params, config)
     check_tokens(tokens, config.vocab_size)
     return _forward(params, config, as_int32(tokens)[0])
 
@@ -76,6 +78,7 @@ def prefill(
     or the room left; inside a compiled program, where the length cannot be checked, too
     many tokens give NaN.
     """
+    check_model(params, config)
     check_tokens(tokens, config.vocab_size)
     check_cache(config, cache, *tokens.shape)
     return _prefill(params, config, as_int32(tokens)[0], cache)
@@ -88,6 +91,7 @@ def decode_step(
 
     About 2 FLOPs per parameter, and 4 H P capacity per layer. Errors as in `prefill`.
     """
+    check_model(params, config)
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_cache(config, cache, len(token), 1)
@@ -130,6 +134,7 @@ def stream(
 
 def _start(params, config, prompt, n, cache, limits):
     """Check the arguments; make a cache for the program to consume, or copy it."""
+    check_model(params, config)
     check_tokens(prompt, config.vocab_size, name="prompt")
     check_size("max_new_tokens", n)
     options = check_options(config.vocab_size, **limits)

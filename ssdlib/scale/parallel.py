@@ -21,6 +21,7 @@ from ssdlib._checks import (
     as_int32,
     check_integers,
     check_range,
+    check_size,
     check_tokens,
     is_traced,
 )
@@ -61,10 +62,10 @@ def prefill(
     Any T: it is filled up to equal segments with tokens that change nothing. Raises
     ValueError as `ssdlib.prefill` does, and if `data` does not divide b.
     """
+    check_params(params, config, mesh)
     check_tokens(tokens, config.vocab_size, lengths)
     (b, T), seq = tokens.shape, mesh.shape["seq"]
     check_batch(mesh, b)
-    check_params(mesh, params)
     if cache is None:
         cache = init_cache(config, mesh, b, params["embedding"].dtype)
     check_cache(config, mesh, cache, b)
@@ -87,10 +88,10 @@ def decode_step(
 
     Sends one sum of b d_model numbers a layer and device, whatever was read before.
     """
+    check_params(params, config, mesh)
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_batch(mesh, len(token))
-    check_params(mesh, params)
     check_cache(config, mesh, cache, len(token))
     (token,) = as_int32(token)
     return _run(params, config, mesh, token[:, None], cache, None, False)
@@ -141,6 +142,9 @@ def bytes_sent(
     may send the state that enters a segment in bfloat16. Not counted: logits, which are
     gathered if n does not divide the vocabulary.
     """
+    check_batch(mesh, b, "b")
+    check_size("T", T)
+    check_size("itemsize", itemsize)
     local, seq = local_config(config, mesh), mesh.shape["seq"]
     model, L, d = mesh.shape["model"], config.n_layers, config.d_model
     split = seq > 1 and T > 1

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ssdlib import cache as one_device
-from ssdlib._checks import check_is, check_size, described
+from ssdlib._checks import check_is, check_size, described, is_traced
 from ssdlib.cache import Cache, check_layout
 from ssdlib.checkpoint.weights import open_slices
 from ssdlib.config import Mamba2Config
@@ -267,23 +267,26 @@ def check_mesh(mesh) -> None:
         raise ValueError(f"mesh: {what}; it must have the axes {', '.join(AXES)}")
 
 
-def check_batch(mesh, b) -> None:
+def check_batch(mesh, b, name="batch_size") -> None:
     """Raise ValueError unless `data` divides the batch."""
     check_mesh(mesh)
-    check_size("batch_size", b)
+    check_size(name, b)
     if b % mesh.shape["data"]:
         raise ValueError(
             f"mesh: data = {mesh.shape['data']}; it must divide the batch size {b}"
         )
 
 
-def check_params(mesh, params) -> None:
+def check_params(params, config, mesh) -> None:
     """Raise ValueError unless `shard_by_head` or `load` laid out params for this mesh.
 
     Rows of W_in in the order of `model` can have the same shape and compute nonsense.
     """
+    check_is("config", config, Mamba2Config)
+    check_mesh(mesh)
+    check_tree(params)
     v = params["embedding"]
-    if isinstance(v, jax.core.Tracer):  # inside a compiled program: nothing to see
+    if is_traced(v):
         return
     sharding = getattr(v, "sharding", None)
     if getattr(sharding, "mesh", None) != mesh:
