@@ -54,10 +54,9 @@ def forward(
 ) -> Float[Array, "b T V"]:
     """Logits after every token, from an empty cache. For training and evaluation.
 
-    `lengths` marks right-padded rows: logits past a row's length are zero. Compiled
-    once per (b, T). Raises ValueError for shapes, dtypes, lengths or tokens out of
-    range; inside a compiled program, where values cannot be checked, a token outside
-    the vocabulary turns the logits of its row to NaN.
+    `lengths` marks right-padded rows: logits past a row's length are zero. Raises
+    ValueError for shapes, dtypes, lengths or tokens out of range. Inside a compiled
+    program values are hidden: a token outside the vocabulary makes its row NaN.
     """
     params = checked_params(params, config)
     check_tokens(tokens, config.vocab_size, lengths)
@@ -101,10 +100,9 @@ def decode_step(
 ) -> tuple[Float[Array, "b V"], Cache]:
     """Read one token per row: (logits after it, the next cache).
 
-    One step of the recurrence per layer. Neither the chunk size nor the number of
-    tokens read so far is part of its cost: about 2 FLOPs per parameter, and one read of
-    the weights and of the cache. Errors as in `forward`. To loop on the device, use
-    `generate`; to loop yourself, jit this with the cache donated.
+    One step of the recurrence per layer: about 2 FLOPs per parameter and one read of
+    weights and cache, however many tokens came before. Errors as in `forward`. To loop
+    on the device, use `generate`; to loop yourself, jit this with the cache donated.
     """
     params = checked_params(params, config)
     check_integers("token", token, ("b",))
@@ -200,7 +198,7 @@ def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE
 
 @partial(jax.jit, static_argnames=("config", "axes"))  # all layers share one trace
 def _block(p, config, axes, r, conv, h, left):
-    """One block on r (b, T, d_model) in float32: (the next r, last inputs of conv, h).
+    """One block on r (b, T, d_model): (the next r, last inputs of conv, h).
 
     conv, h and p are this device's part, and say how many heads it has; `left` are the
     real tokens of a row from this device's first on. r may have more rows than h: the
@@ -297,6 +295,6 @@ def _head(params, config, r):
 
 def _add_bias(y, bias, cut=slice(None)):
     """y + bias, or its cut; y itself if there is none."""
-    return (
-        y if bias is None else y + jnp.broadcast_to(bias[cut], y.shape).astype(y.dtype)
-    )
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias[cut].astype(y.dtype), y.shape)
+    return y

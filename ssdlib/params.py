@@ -71,7 +71,7 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
     return params
 
 
-def check_params(params, config: Mamba2Config | None = None, name="params") -> None:
+def check_params(params, config=None, name="params") -> None:
     """Raise ValueError unless params are the pytree of a model, and of this config.
 
     Looks at the layers' number and the embedding alone, as it runs before every step.

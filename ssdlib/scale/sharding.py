@@ -1,14 +1,14 @@
 """Mamba-2 over a mesh of devices: what each of them holds.
 
 A mesh has three axes, and any of them may be 1. `data` splits the batch, `model` splits
-heads with their groups and projections, `seq` the tokens of a prefill. `parallel` is
-the program that runs on it. `shard_as_is` is for all other functions of the library.
+heads with their groups and projections, `seq` the tokens of a prefill. `parallel` runs
+on it; `shard_as_is` is for all other functions of the library.
 
 Split by heads, the rows of W_in are a mixture: z, x and dt go by head, B and C by
 group. Here device i of `model` holds its own [z_i; x_i; B_i; C_i; dt_i] one below the
 other, and with them its channels of the convolution, so that no activation is moved to
-where its head is. With fewer groups than devices, a group's B and C are held and
-computed by each device that has heads of it. Names and axes are those of `model`.
+where its head is. With fewer groups than devices, each device with heads of a group
+holds and computes its B and C. Names and axes are those of `model`.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (arXiv
 1909.08053), section 3, for the split of the projections.
 """
@@ -37,21 +37,21 @@ AnyMesh = Mesh | AbstractMesh  # where sizes alone are asked for, no devices are
 def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh:
     """A mesh with the axes (data, seq, model); `devices` may be those of a topology.
 
-    `model` comes last: its neighbors, which talk most, are nearest to each other.
-    Raises ValueError for sizes below 1 or beyond the devices.
+    Neighbors on `model`, which talk most, are nearest to each other. Raises ValueError
+    for sizes below 1 or beyond the devices.
     """
     for name, size in (("data", data), ("seq", seq), ("model", model)):
         check_size(name, size)
     devices = jax.devices() if devices is None else devices
     check_is("devices", devices, tuple, list)
-    if not all(hasattr(device, "device_kind") for device in devices):
+    if not all(hasattr(d, "device_kind") for d in devices):
         raise ValueError(f"devices: {devices}; each must be a device of jax")
     if data * seq * model > len(devices):
         raise ValueError(
             f"devices: {len(devices)}; a mesh of {data} x {seq} x {model} needs more"
         )
-    kinds = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((data, seq, model), AXES, devices=devices, axis_types=kinds)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((data, seq, model), AXES, devices=devices, axis_types=auto)
 
 
 # --- what each device holds ----------------------------------------------------------
@@ -191,12 +191,11 @@ def load(
 def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
     """Lay out parameters, or a cache, for `forward`, `prefill` and `generate`.
 
-    Those functions run on a mesh as they are: XLA sees where the arrays lie and adds
-    what must be sent. With parameters laid out so, `model` splits the work, with such a
-    cache `data` splits the rows. Rows keep the order of `ssdlib.model`, so the parts of
-    W_in straddle devices and more is sent than by `parallel`. What an axis does not
-    divide lies whole on every device. Raises ValueError for any other tree or mesh, and
-    if `data` does not divide the batch.
+    They run on a mesh as they are: XLA sees where the arrays lie and adds what must be
+    sent. `model` splits parameters, `data` the rows of a cache. Rows of W_in keep the
+    order of `ssdlib.model`, so its parts straddle devices and more is sent than by
+    `parallel`. What an axis does not divide lies whole on every device. Raises
+    ValueError for any other tree or mesh, and if `data` does not divide the batch.
     """
     check_mesh(mesh)
 
@@ -247,7 +246,6 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
     check_batch(mesh, batch_size)
     local, n = local_config(config, mesh), mesh.shape["model"]
     cache = jax.eval_shape(lambda: one_device.init_cache(config, batch_size, dtype))
-
     conv = (*cache.conv.shape[:3], n * local.d_xBC)
     cache = replace(cache, conv=jax.ShapeDtypeStruct(conv, cache.conv.dtype))
 
@@ -285,10 +283,9 @@ def check_params(params, config, mesh) -> None:
     check_is("config", config, Mamba2Config)
     check_mesh(mesh)
     check_tree(params)
-    v = params["embedding"]
-    if is_traced(v):
+    if is_traced(params["embedding"]):
         return
-    sharding = getattr(v, "sharding", None)
+    sharding = getattr(params["embedding"], "sharding", None)
     if getattr(sharding, "mesh", None) != mesh:
         raise ValueError(
             f"params: laid out as {sharding}; they must come from shard_by_head or "
