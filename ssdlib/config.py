@@ -5,7 +5,7 @@ Source of the presets: config.json of state-spaces/mamba2-130m, -370m, -780m, -1
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ssdlib._checks import is_number
 
@@ -36,21 +36,11 @@ class Mamba2Config:
     time_step_limit: tuple[float, float] = (0.0, math.inf)  # dt is clipped to it
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "head_dim",
-            "d_state",
-            "n_groups",
-            "d_conv",
-            "chunk_size",
-        ):
+        for name in (f.name for f in fields(self) if f.type is int):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: {size!r}; it must be a positive integer")
-        for name in ("tie_embeddings", "conv_bias", "proj_bias"):
+        for name in (f.name for f in fields(self) if f.type is bool):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r}; it must be a bool")
         if self.n_heads % self.n_groups:

@@ -87,8 +87,9 @@ def linear(W, u, dtype):
         return jnp.einsum("...i,oi->...o", u, W, preferred_element_type=sums)
 
     def on_cpu(W, u):
-        if u.dtype.itemsize == 2:
-            return plain(W, u, jnp.float32).astype(dtype)
+        if u.dtype.itemsize == 2:  # in two axes: with more, jaxlib 0.7 has no kernel
+            y = plain(W, u.reshape(rows, -1), jnp.float32).astype(dtype)
+            return y.reshape(*u.shape[:-1], -1)
         if rows == 1 and len(W) % PARTS == 0:
             W = W.reshape(PARTS, -1, W.shape[1])
             y = jnp.einsum("pi,poi->po", jnp.broadcast_to(u.ravel(), W[:, 0].shape), W)

@@ -39,7 +39,7 @@ class Chip:
     bandwidth: float
     memory: float
     source: str
-    compiler: TPU | GPU | None = None  # None for a processor that only measures told
+    compiler: TPU | GPU | None = None  # None: a CPU, whose peaks are measured
     alias: str = ""  # another name that jax has for an attached one
 
     @property

@@ -116,16 +116,16 @@ def trip_count(module: Module, computation: Computation, loop: Instruction):
     if start.opcode != "constant" or body.root.opcode != "tuple":
         return None
     after = body.instructions[body.root.operands[index]]
-    if _counted_on(module, body, after, index) != (1, 1):
+    if _in_steps(module, body, after, index) != (1, 1):
         return None
     return max(0, limits[0] - int(start.literal))
 
 
-def _counted_on(module, at, i, index, arguments=()):
+def _in_steps(module, at, i, index, arguments=()):
     """(m, n) where a value in the body of a loop is m counter + n; else None."""
 
     def of(name):
-        return _counted_on(module, at, at.instructions[name], index, arguments)
+        return _in_steps(module, at, at.instructions[name], index, arguments)
 
     if i.opcode == "constant":
         return (0, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
@@ -142,7 +142,7 @@ def _counted_on(module, at, i, index, arguments=()):
     if i.opcode == "fusion":
         called = module.computations[i.called("calls")[0]]
         values = tuple(map(of, i.operands))
-        return _counted_on(module, called, called.root, index, values)
+        return _in_steps(module, called, called.root, index, values)
     return None
 
 
