@@ -373,5 +373,5 @@ def test_bad_input_to_a_model_is_named():
     with pytest.raises(ValueError, match="angle: S = 4; it must be at most N/2"):
         dt = jnp.ones((b, 5, H))
         mamba3(v, dt, -dt, dt, k, q, jnp.ones((b, 5, H, 4)))
-    with pytest.raises(ValueError, match="sub_chunk: 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="sub_chunk: 0; it must be an integer of"):
         gla(q, k, v, -k, sub_chunk=0)

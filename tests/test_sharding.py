@@ -273,7 +273,7 @@ def test_parameters_and_caches_of_another_layout_are_named():
     config, token = Mamba2Config.tiny(), np.zeros(3, np.int32)
     params = ssdlib.init_params(config, jax.random.key(0))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match=r"params: .* sharding.shard_by_head"):
+    with pytest.raises(ValueError, match=r"params: .* from shard_by_head"):
         parallel.prefill(params, config, mesh, token[:, None])
     sharded = sharding.shard_by_head(params, config, mesh)
     cache = ssdlib.init_cache(config, 2)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from ssdlib._checks import (
     as_int32,
     check_integers,
+    check_is,
     check_range,
     check_size,
     check_tokens,
@@ -62,10 +63,11 @@ def prefill(
     Any T: it is filled up to equal segments with tokens that change nothing. Raises
     ValueError as `ssdlib.prefill` does, and if `data` does not divide b.
     """
-    check_params(params, config, mesh)
+    check_is("config", config, Mamba2Config)
     check_tokens(tokens, config.vocab_size, lengths)
+    check_batch(mesh, len(tokens))
+    check_params(params, config, mesh)
     (b, T), seq = tokens.shape, mesh.shape["seq"]
-    check_batch(mesh, b)
     if cache is None:
         cache = init_cache(config, mesh, b, params["embedding"].dtype)
     check_cache(config, mesh, cache, b)
@@ -88,10 +90,11 @@ def decode_step(
 
     Sends one sum of b d_model numbers a layer and device, whatever was read before.
     """
-    check_params(params, config, mesh)
+    check_is("config", config, Mamba2Config)
     check_integers("token", token, ("b",))
     check_range("token", token, 0, config.vocab_size - 1)
     check_batch(mesh, len(token))
+    check_params(params, config, mesh)
     check_cache(config, mesh, cache, len(token))
     (token,) = as_int32(token)
     return _run(params, config, mesh, token[:, None], cache, None, False)
