@@ -82,11 +82,8 @@ def generate(
     Raises ValueError for shapes, dtypes or values out of range, naming the argument.
     Where weights or cache hold NaN, all logits are NaN, and the tokens are 0.
     """
-    params = checked_params(params, config)
-    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     limits = temperature, top_k, top_p, eos_id, key
-    options = check_options(config.vocab_size, *limits)
-    start = _start(params, config, prompt, lengths, cache, options.eos_id)
+    params, start, options = _start(params, config, prompt, lengths, cache, limits)
     return run(read, params, config, start, max_new_tokens, options)
 
 
@@ -111,16 +108,19 @@ def stream(
     already running on the device while the caller handles this one. Ends early once
     every row has met `eos_id`. Arguments are checked at the call.
     """
-    params = checked_params(params, config)
-    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     limits = temperature, top_k, top_p, eos_id, key
-    options = check_options(config.vocab_size, *limits)
-    start = _start(params, config, prompt, lengths, cache, options.eos_id)
+    params, start, options = _start(params, config, prompt, lengths, cache, limits)
     return run_blocks(read, params, config, start, max_new_tokens, options, block)
 
 
-def _start(params, config, prompt, lengths, cache, eos_id) -> "Start":
-    """Pad the prompt to its bucket, or read all of a long one but its last token."""
+def _start(params, config, prompt, lengths, cache, limits):
+    """Check; pad the prompt to its bucket, or read a long one but for its last token.
+
+    Returns the parameters, where the generation starts, and its options.
+    """
+    params = checked_params(params, config)
+    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
+    options = check_options(config.vocab_size, *limits)
     (b, T), goes_on = prompt.shape, cache is not None
     if cache is None:
         cache = init_cache(config, b, params["embedding"].dtype)
@@ -129,15 +129,17 @@ def _start(params, config, prompt, lengths, cache, eos_id) -> "Start":
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
     prompt, lengths = as_int32(prompt, lengths)
     if T <= LONGEST or is_traced(prompt):
-        return Start.of(prompt, bucket(T), lengths, cache, goes_on)
+        start = Start.of(prompt, bucket(T), lengths, cache, goes_on)
+        return params, start, options
     masked, prompt = lengths is not None, np.asarray(prompt)
     real = np.asarray(lengths) if masked else np.full(b, T)
     if goes_on:
-        real = _unless_ended(prompt, real, eos_id)
+        real = _unless_ended(prompt, real, options.eos_id)
     earlier, last = np.maximum(real - 1, 0), np.maximum(real - 1, 0)[:, None]
     _, cache = prefill(params, config, prompt, cache, earlier, piece=LONGEST)
     prompt, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
-    return Start(prompt, real if masked else None, cache, masked, False)
+    start = Start(prompt, real if masked else None, cache, masked, False)
+    return params, start, options
 
 
 # --- the loop of any model ------------------------------------------------------------
