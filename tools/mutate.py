@@ -140,6 +140,8 @@ def main() -> None:
     source = (ROOT / args.module).read_text()
     plain = ast.unparse(ast.parse(source))
     jobs = [(args.module, args.tests, *m, plain) for m in mutants(source)]
+    if run((args.module, args.tests, 0, "unchanged", plain, plain)) is None:
+        sys.exit("The tests fail without any change.")
     lived = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for i, found in enumerate(pool.map(run, jobs)):
