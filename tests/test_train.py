@@ -7,10 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-import ssdlib
-from ssdlib import Mamba2Config, init_params, load
-from ssdlib.companion.train_tiny import (
+from train_tiny import (
     bits_per_byte,
     corpus,
     loss,
@@ -18,6 +15,9 @@ from ssdlib.companion.train_tiny import (
     train,
     xz_bits,
 )
+
+import ssdlib
+from ssdlib import Mamba2Config, init_params, load
 
 SMALL = Mamba2Config.tiny(vocab_size=256, d_model=32, chunk_size=16)
 TINY = Path(ssdlib.__file__).parent / "tiny"

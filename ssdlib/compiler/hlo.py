@@ -32,15 +32,10 @@ __all__ = [
     "read",
 ]
 
-_HERE = Path(
-    __file__
-).parent.parent  # a wheel carries the records, a checkout has the book
-RECORDS = next(
-    (p for p in (_HERE / "results", _HERE.parent / "book/results") if p.exists()),
-    _HERE / "results",
-)
-
-
+# A wheel carries the records, a checkout has the book.
+_HERE = Path(__file__).parents[1]
+_BOOK = _HERE.parent / "book/results"
+RECORDS = _BOOK if _BOOK.exists() else _HERE / "results"
 COMPILERS = {"tpu": ["libtpu"], "cpu": []}  # beside jaxlib; a GPU's is another one
 
 
@@ -109,10 +104,6 @@ class Compiled:
         if by not in views:
             raise ValueError(f'by: {by!r}; it must be "line" or "kernel"')
         return views[by](self, rows)
-
-    def graph(self) -> hlo_view.Graph:
-        """The kernels and the arrays between them, as SVG. For up to 60 kernels."""
-        return hlo_view.Graph(self)
 
     def excerpt(self, name: str, layouts: bool = False) -> str:
         """The text of one kernel: a fusion's computation, or its one line."""
@@ -183,8 +174,7 @@ def load_record(name: str, target: str) -> Compiled:
     ops = []
     for row in data.pop("ops"):
         cells = dict(zip(columns, row, strict=True))
-        cells |= {k: tuple(cells[k]) for k in ("inside", "inputs")}
-        ops.append(Op(**cells))
+        ops.append(Op(**(cells | {"inside": tuple(cells["inside"])})))
     return Compiled(**(data | dict(ops=tuple(ops), origin="recorded")))
 
 

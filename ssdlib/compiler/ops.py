@@ -29,7 +29,6 @@ class Op:
     scope: str  # jax.named_scope and function names
     source: str  # file:line
     code: str  # that line
-    inputs: tuple[str, ...]  # names of the kernels that it reads from
 
 
 _DATA = set(
@@ -40,7 +39,7 @@ _DATA = set(
 
 def table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
     """(the ops, number of kernels whose loop has an unknown trip count)."""
-    ops, unknown, seen = [], 0, set()
+    ops, unknown = [], 0
     for i, at, times in hlo_cost.executed(module):
         unknown += times is None
         times = times or 1
@@ -51,7 +50,6 @@ def table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
         kind = _kind(i, opcodes)
         if kind == "custom":
             primitive = re.search(r'custom_call_target="([^"]*)"', i.attributes)[1]
-        seen.add(i.name)
         ops.append(
             Op(
                 name=i.name,
@@ -68,7 +66,6 @@ def table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
                 scope=scope,
                 source=source,
                 code=code,
-                inputs=tuple(_producers(module, at, i, seen)),
             )
         )
     return tuple(ops), unknown
@@ -123,23 +120,3 @@ def _metadata(module, i):
     short = "cell" if "ipykernel" in file else Path(file).name
     code = linecache.getline(file, line).strip()
     return scope, primitive, f"{short}:{line}", code
-
-
-def _producers(module, at, i, seen):
-    """Kernels whose results i reads, through the instructions that only name values."""
-    todo, found = [(at, name) for name in i.operands], {}
-    while todo:
-        place, name = todo.pop()
-        source = place.instructions[name]
-        if name in seen and name != i.name:
-            found[name] = None
-            continue
-        whole = place.instructions.get(source.operands[0]) if source.operands else None
-        if source.opcode == "get-tuple-element" and whole.opcode in ("while", "call"):
-            inner = module.computations[whole.called("body", "to_apply")[0]]
-            index = int(re.search(r"index=(\d+)", source.attributes)[1])
-            results = inner.root.operands  # of the last pass of the loop
-            todo += [(inner, results[index])] if index < len(results) else []
-        else:
-            todo += [(place, operand) for operand in source.operands]
-    return found

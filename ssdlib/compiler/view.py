@@ -1,6 +1,6 @@
-"""Show compiled programs: tables of kernels, programs side by side, the graph.
+"""Show compiled programs: tables of kernels, and programs side by side.
 
-A view prints as text and displays as HTML or SVG in a notebook.
+A view prints as text and displays as HTML in a notebook.
 """
 
 import html
@@ -8,15 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-__all__ = ["Graph", "Table", "compare", "count", "kernels", "lines"]
+__all__ = ["Table", "compare", "count", "kernels", "lines"]
 
-COLORS = {  # of a kernel's kind, in graphs
-    "product": "#2f7ed8",
-    "reduce": "#d9822b",
-    "elementwise": "#2a9d6e",
-    "gather": "#8a63d2",
-    "custom": "#cc4778",
-}
+KINDS = "product reduce elementwise gather custom copy transfer other".split()
 
 
 def count(n: float | int | None, unit: str = "") -> str:
@@ -135,9 +129,8 @@ def kernels(program, rows: int) -> Table:
 
 def compare(programs: dict) -> Table:
     """Programs side by side: kernels, bytes and cycles of every kind, then totals."""
-    kinds = [*COLORS, "copy", "transfer", "other"]
     rows = []
-    for kind in kinds:
+    for kind in KINDS:
         cells = []
         for program in programs.values():
             ops = [op for op in program.ops if op.kind == kind]
@@ -183,71 +176,3 @@ def _share(amounts, cost):
     if all_cycles:
         return (cycles or 0) / all_cycles
     return size / all_bytes if all_bytes else 0.0
-
-
-class Graph:
-    """Kernels as boxes, from top to bottom as data flows; an arrow is an array."""
-
-    def __init__(self, program, limit: int = 60):
-        if len(program.ops) > limit:
-            raise ValueError(
-                f"program: {len(program.ops)} kernels; a graph holds at most {limit}"
-            )
-        self.program = program
-        self.level: dict[str, int] = {}
-        for op in program.ops:
-            above = [self.level[name] for name in op.inputs if name in self.level]
-            self.level[op.name] = 1 + max(above, default=-1)
-
-    def __repr__(self) -> str:
-        return "\n".join(
-            f"{op.name} <- {', '.join(op.inputs) or 'arguments'}"
-            for op in self.program.ops
-        )
-
-    def _repr_html_(self) -> str:
-        rows = defaultdict(list)
-        for op in self.program.ops:
-            rows[self.level[op.name]].append(op)
-        widest = max(map(len, rows.values()), default=1)
-        width, height = 176 * widest, 64 * len(rows)
-        at = {
-            op.name: (width * (i + 0.5) / len(row), 64 * level + 28)
-            for level, row in rows.items()
-            for i, op in enumerate(row)
-        }
-        parts = []
-        for op in self.program.ops:
-            x, y = at[op.name]
-            for name in op.inputs:
-                if name in at:
-                    x0, y0 = at[name]
-                    d = f"M{x0:.0f} {y0 + 20:.0f}L{x:.0f} {y - 21:.0f}"
-                    parts.append(f'<path d="{d}" stroke="currentColor" opacity=".45"/>')
-        for op in self.program.ops:
-            parts.append(self._box(op, *at[op.name]))
-        label = f"{len(self.program.ops)} kernels and the arrays between them"
-        return (
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}" '
-            f'style="width:min(100%,{width}px)" fill="none" font-size="11">'
-            f"{''.join(parts)}</svg><p><small>{html.escape(self.program.caption)}"
-            "</small></p>"
-        )
-
-    @staticmethod
-    def _box(op, x, y) -> str:
-        color = COLORS.get(op.kind, "#7f7f7f")
-        title = f"{op.name}: {op.source} {op.code}"
-        times = f"{op.times} × " if op.times > 1 else ""
-        texts = f"{times}{op.kind}: {op.primitive}"[:28], _result(op)[:28]
-        return (
-            f"<g><title>{html.escape(title)}</title>"
-            f'<rect x="{x - 82:.0f}" y="{y - 20:.0f}" width="164" height="40" rx="5" '
-            f'fill="{color}" fill-opacity=".14" stroke="{color}"/>'
-            + "".join(
-                f'<text x="{x:.0f}" y="{y - 4 + 15 * i:.0f}" text-anchor="middle" '
-                f'fill="currentColor">{html.escape(t)}</text>'
-                for i, t in enumerate(texts)
-            )
-            + "</g>"
-        )

@@ -2,9 +2,8 @@
 
     loss = -(1/T) Σ_t log p(byte_{t+1} | byte_1 ... byte_t)        (nats per byte)
 
-`python -m ssdlib.companion.train_tiny FOLDER` made the model behind
-`ssdlib.load("tiny")`; the folder's `training.json` records how. Needs the `train` extra
-(optax).
+`python tools/train_tiny.py FOLDER` made the model behind `ssdlib.load("tiny")`; the
+folder's `training.json` records how. Needs the `train` extra (optax).
 """
 
 import argparse
@@ -29,8 +28,6 @@ from ssdlib.config import Mamba2Config
 from ssdlib.evaluate import next_token_loss
 from ssdlib.model import ArrayLike, forward
 from ssdlib.params import Params, init_params
-
-__all__ = ["bits_per_byte", "corpus", "order2_bits_per_byte", "train", "xz_bits"]
 
 TINY = Mamba2Config(
     vocab_size=256,
@@ -191,7 +188,7 @@ def xz_bits(text: bytes, context: bytes) -> float:
 def main() -> None:
     """Train, evaluate beside the baselines, and save model and record."""
     parser = argparse.ArgumentParser(
-        prog="python -m ssdlib.companion.train_tiny", description=__doc__
+        prog="python tools/train_tiny.py", description=__doc__.split("\n")[0]
     )
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument("--steps", type=int, default=6000)
@@ -208,7 +205,7 @@ def main() -> None:
     start = time.perf_counter()
     params, losses = train(TINY, rest, **args, log=partial(print, flush=True))
     record = {
-        "command": "python -m ssdlib.companion.train_tiny FOLDER "
+        "command": "python tools/train_tiny.py FOLDER "
         + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in args.items()),
         "corpus": "standard library docstrings and pydoc_data.topics, deduplicated",
         "corpus_bytes": len(text),
