@@ -139,7 +139,8 @@ def add_bench(subparsers) -> None:
     add_sizes(p)
     p.add_argument("--model", help='instead: "tiny", a folder, or a hub id')
     p.add_argument("--what", default="prefill,decode,uncached", help="what to time")
-    p.add_argument("--lengths", default="128,...,4096", help="tokens; ... doubles")
+    lengths = "128,256,512,1024,2048,4096"
+    p.add_argument("--lengths", default=lengths, help="tokens, between commas")
     p.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     p.add_argument("--target", help="cpu, tpu-v6e, l40s, ...: an attached device")
     p.add_argument(

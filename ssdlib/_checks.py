@@ -1,11 +1,14 @@
 """Argument checks: each error names the argument, what it was and what it must be."""
 
+from dataclasses import fields
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
     "as_int32",
+    "check_fields",
     "check_floats",
     "check_integers",
     "check_is",
@@ -41,6 +44,17 @@ def check_size(name: str, n) -> None:
         raise ValueError(
             f"{name}: {described(n)}; it must be an integer of at least 1, below 2**31"
         )
+
+
+def check_fields(config) -> None:
+    """Raise ValueError unless a config's sizes are positive and its switches bools."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if f.type is int and not (whole and value > 0):
+            raise ValueError(f"{f.name}: {value!r}; it must be a positive integer")
+        if f.type is bool and not isinstance(value, bool):
+            raise ValueError(f"{f.name}: {value!r}; it must be a bool")
 
 
 def is_traced(x) -> bool:

@@ -5,9 +5,9 @@ Source of the presets: config.json of state-spaces/mamba2-130m, -370m, -780m, -1
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from ssdlib._checks import is_number
+from ssdlib._checks import check_fields, is_number
 
 __all__ = ["PRESETS", "Mamba2Config"]
 
@@ -36,13 +36,7 @@ class Mamba2Config:
     time_step_limit: tuple[float, float] = (0.0, math.inf)  # dt is clipped to it
 
     def __post_init__(self):
-        for name in (f.name for f in fields(self) if f.type is int):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: {size!r}; it must be a positive integer")
-        for name in (f.name for f in fields(self) if f.type is bool):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: {getattr(self, name)!r}; it must be a bool")
+        check_fields(self)
         if self.n_heads % self.n_groups:
             raise ValueError(
                 f"n_groups: {self.n_groups}; it must divide n_heads = {self.n_heads}"

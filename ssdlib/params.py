@@ -8,6 +8,7 @@ github.com/state-spaces/mamba at e9594ce, mamba_ssm/modules/mamba2.py.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,7 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
     check_key(key)
     dtype = floating(dtype)
     d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
-    f32 = jnp.float32
-
-    def matrix(key, outputs, inputs, scale=1.0):
-        bound = scale / math.sqrt(inputs)
-        return jax.random.uniform(key, (outputs, inputs), f32, -bound, bound).astype(
-            dtype
-        )
+    f32, matrix = jnp.float32, partial(random_matrix, dtype)
 
     def layer(key):
         k = jax.random.split(key, 5)
@@ -69,6 +64,13 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
     if not config.tie_embeddings:
         params["head"] = matrix(k_head, config.vocab_size, d)
     return params
+
+
+def random_matrix(dtype, key, outputs, inputs, scale=1.0) -> Array:
+    """W (outputs, inputs), uniform in ± scale / √inputs."""
+    bound = scale / math.sqrt(inputs)
+    W = jax.random.uniform(key, (outputs, inputs), jnp.float32, -bound, bound)
+    return W.astype(dtype)
 
 
 def check_params(params, config=None, name="params") -> None:

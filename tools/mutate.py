@@ -4,8 +4,9 @@
 
 Each mutant swaps one operator, comparison, constant, condition or function of a module
 (the first argument) in a copy of this checkout, and runs the tests (the others) there
-until one fails. Prints the mutants that all tests let live. Takes seconds a mutant, so
-it is no part of CI.
+until one fails. Prints the mutants that all tests let live. Try a few quick tests on
+all, then all tests on those that live, with --only. Takes seconds a mutant, so it is no
+part of CI.
 """
 
 import argparse
@@ -98,16 +99,17 @@ def change(node: ast.AST, how: str) -> None:
 
 
 def mutants(source: str):
-    """(line, text of the mutant) for every change of a source."""
+    """(number, where and what, text of the mutant) for every change of a source."""
     for i, (node, how) in enumerate(sites(ast.parse(source))):
         tree = ast.parse(source)
         change(*list(sites(tree))[i])
-        yield node.lineno, f"{how}", ast.unparse(ast.fix_missing_locations(tree))
+        text = ast.unparse(ast.fix_missing_locations(tree))
+        yield i, f"{node.lineno} {how}", text
 
 
 def run(job) -> str | None:
     """The description of a mutant that lives, else None."""
-    module, tests, line, how, text, plain = job
+    module, tests, i, how, text, plain = job
     with tempfile.TemporaryDirectory() as folder:
         copy_ = Path(folder)
         for name in ("ssdlib", "tests", "tools", "pyproject.toml"):
@@ -127,7 +129,7 @@ def run(job) -> str | None:
         return None
     pair = plain.splitlines(), text.splitlines()
     diff = [v for v in difflib.unified_diff(*pair, n=0, lineterm="") if v[0] in "-+"]
-    return f"{module}:{line} {how}\n" + "\n".join(diff[2:])
+    return f"{i}: {module}:{how}\n" + "\n".join(diff[2:])
 
 
 def main() -> None:
@@ -136,10 +138,13 @@ def main() -> None:
     parser.add_argument("module", help="a file of the library")
     parser.add_argument("tests", nargs="+", help="test files, the quickest first")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--only", help="numbers of mutants, as printed: 3,14")
     args = parser.parse_args()
     source = (ROOT / args.module).read_text()
     plain = ast.unparse(ast.parse(source))
-    jobs = [(args.module, args.tests, *m, plain) for m in mutants(source)]
+    only = args.only and {int(i) for i in args.only.split(",")}
+    chosen = [m for m in mutants(source) if not only or m[0] in only]
+    jobs = [(args.module, args.tests, *m, plain) for m in chosen]
     if run((args.module, args.tests, 0, "unchanged", plain, plain)) is None:
         sys.exit("The tests fail without any change.")
     lived = []

@@ -8,16 +8,16 @@ Ainslie et al. 2023 (arXiv 2305.13245).
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ssdlib._checks import check_is, check_key, check_size, floating
+from ssdlib._checks import check_fields, check_is, check_key, check_size, floating
 from ssdlib.config import Mamba2Config
-from ssdlib.params import Params, check_params
+from ssdlib.params import Params, check_params, random_matrix
 from ssdlib.params import init_params as init_mamba_params
 
 __all__ = ["AttentionConfig", "KVCache", "init_cache", "init_params"]
@@ -42,10 +42,7 @@ class AttentionConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
-        for name in (f.name for f in fields(self) if f.type is int):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: {size!r}; it must be a positive integer")
+        check_fields(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim}; it must be even")
         if self.n_heads % self.n_kv_heads:
@@ -129,10 +126,7 @@ def init_params(config: AttentionConfig, key: Array, dtype=jnp.float32) -> Param
     d, f32 = config.d_model, jnp.float32
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     residual = 1 / math.sqrt(2 * config.n_layers)
-
-    def matrix(key, outputs, inputs, scale=1.0):
-        bound = scale / math.sqrt(inputs)
-        return jax.random.uniform(key, (outputs, inputs), dtype, -bound, bound)
+    matrix = partial(random_matrix, dtype)
 
     def layer(key):
         keys = jax.random.split(key, 7)

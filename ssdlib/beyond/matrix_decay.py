@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ssdlib._checks import check_shapes, check_size
+from ssdlib.beyond.scalar_decay import simple_gla
 from ssdlib.chunked import _split_chunks
 from ssdlib.quadratic import ssd_quadratic
-from ssdlib.recurrence import ssd_step, to_accumulator, zero_state
+from ssdlib.recurrence import to_accumulator, zero_state
 
 __all__ = ["delta_net", "gla"]
 
@@ -48,7 +49,7 @@ def gla(
     d = log_a - s[..., None]
     if v.shape[1] == 1:
         h = h0 * jnp.exp(d[:, 0])[:, :, None]
-        return _one_step(h, v, s, k, q, dtype)
+        return _one_step(q, k, v, s, h, dtype)
 
     limit = math.log(jnp.finfo(v.dtype).max) - 8  # else exp(E) is 0 before NaN appears
 
@@ -88,7 +89,7 @@ def delta_net(
     if v.shape[1] == 1:
         known = jnp.einsum("bhpn,bthn->bthp", h0, k)
         w = beta[..., None] * (v - known)
-        return _one_step(h0, w, jnp.zeros_like(beta), k, q, dtype)
+        return _one_step(q, k, w, jnp.zeros_like(beta), h0, dtype)
 
     def body(h, inputs):
         q_c, k_c, v_c, beta_c = inputs
@@ -121,11 +122,9 @@ def _prepare(q, k, v, h0, **gate):
     return zero_state(v, k) if h0 is None else h0, (q, k, v, gate), dtype
 
 
-def _one_step(h, v, log_a, k, q, dtype):
-    """`ssd_step` on a sequence of one token."""
-    v, log_a, k, q = (w[:, 0] for w in (v, log_a, k, q))
-    y, h = ssd_step(h, v, jnp.ones_like(log_a), log_a, k, q)
-    return y[:, None].astype(dtype), h
+def _one_step(q, k, v, log_a, h, dtype):
+    y, h = simple_gla(q, k, v, log_a, h)
+    return y.astype(dtype), h
 
 
 def _scan(body, h0, inputs, Q, name, dtype):

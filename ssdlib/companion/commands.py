@@ -5,6 +5,7 @@ standard error.
 """
 
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -145,7 +146,11 @@ def compile_preset(args, config):
 
 def bench(args) -> None:
     """Measure what args say, print the table and write the record."""
-    what, lengths = args.what.split(","), benchmark.doubling(args.lengths)
+    if not re.fullmatch(r"\d+(,\d+)*", args.lengths):
+        raise ValueError(
+            f"lengths: {args.lengths!r}; it must be numbers between commas: 128,512"
+        )
+    what, lengths = args.what.split(","), [int(n) for n in args.lengths.split(",")]
     folder = record.writable(args.out)
     if args.model is None:
         params, config = None, Mamba2Config.preset(args.preset)

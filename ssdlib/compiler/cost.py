@@ -131,7 +131,8 @@ def _in_steps(module, at, i, index, arguments=()):
         return (0, int(i.literal)) if re.fullmatch(r"-?\d+", i.literal) else None
     if i.opcode == "get-tuple-element":
         whole = at.instructions[i.operands[0]].opcode == "parameter" and not arguments
-        return (1, 0) if whole and f"index={index}" in _words(i.attributes) else None
+        words = re.findall(r"[\w=]+", i.attributes)
+        return (1, 0) if whole and f"index={index}" in words else None
     if i.opcode == "parameter" and arguments:
         return arguments[int(i.literal)]
     if i.opcode in ("copy", "bitcast"):
@@ -144,10 +145,6 @@ def _in_steps(module, at, i, index, arguments=()):
         values = tuple(map(of, i.operands))
         return _in_steps(module, called, called.root, index, values)
     return None
-
-
-def _words(attributes: str) -> list[str]:
-    return re.findall(r"[\w=]+", attributes)
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

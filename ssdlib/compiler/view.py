@@ -129,27 +129,25 @@ def kernels(program, rows: int) -> Table:
 
 def compare(programs: dict) -> Table:
     """Programs side by side: kernels, bytes and cycles of every kind, then totals."""
-    rows = []
+    made, rows = programs.values(), []
     for kind in KINDS:
-        cells = []
-        for program in programs.values():
-            ops = [op for op in program.ops if op.kind == kind]
-            runs, _, size, cycles = _amounts(ops)
-            cells += [count(runs), count(size), count(cycles)] if ops else ["-"] * 3
-        if set(cells) != {"-"}:
-            rows.append([kind, *cells])
-    cells, extra = [], []
-    for program in programs.values():
-        cells += [count(program.launches), count(program.bytes), count(program.cycles)]
-        extra += [program.fusions, sum(program.custom_calls.values()), ""]
-    rows += [["all", *cells]]
-    for i, title in enumerate(("fusions in the text", "custom calls")):
-        picked = [[extra[3 * p + i], "", ""] for p in range(len(programs))]
-        rows.append([title, *(c for cell in picked for c in cell)])
+        found = [[op for op in p.ops if op.kind == kind] for p in made]
+        if any(found):
+            rows.append([kind])
+            for runs, _, size, cycles in map(_amounts, found):
+                rows[-1] += [count(runs or None), count(size or None), count(cycles)]
+    rows.append(["all"])
+    for p in made:
+        rows[-1] += [count(p.launches), count(p.bytes), count(p.cycles)]
+    rows.append(
+        ["fusions in the text", *(c for p in made for c in (p.fusions, "", ""))]
+    )
+    calls = (sum(p.custom_calls.values()) for p in made)
+    rows.append(["custom calls", *(c for n in calls for c in (n, "", ""))])
     header = ["kind"]
     for name in programs:
         header += [f"{name}: runs", "bytes", "cycles"]
-    captions = dict.fromkeys(p.caption for p in programs.values())
+    captions = dict.fromkeys(p.caption for p in made)
     return Table(header, rows, " ".join(captions))
 
 

@@ -10,7 +10,6 @@ all T. Only what ran on an attached device gets a record: see `record`.
 """
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ssdlib._checks import check_size
 from ssdlib.cache import init_cache
 from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.compiler.targets import attached, chip_name
@@ -32,7 +32,7 @@ from ssdlib.measure.roofline import Work, with_chunks_of
 from ssdlib.model import forward, prefill
 from ssdlib.params import Params, init_params
 
-__all__ = ["LENGTHS", "WHAT", "bench", "doubling", "rounds", "shapes", "work"]
+__all__ = ["LENGTHS", "WHAT", "bench", "rounds", "shapes", "work"]
 
 WHAT = ("prefill", "decode", "uncached")
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -101,18 +101,6 @@ def bench(
         for key in keys
     ]
     return record.rounded(facts | {"speedups": record.speedups(seconds)})
-
-
-def doubling(text: str) -> list[int]:
-    """Lengths between commas; "128,...,4096" doubles. ValueError for anything else."""
-    if ends := re.fullmatch(r"(\d+),\.\.\.,(\d+)", text):
-        first, last = int(ends[1]), int(ends[2])
-        if 0 < first <= last:
-            octaves = range((last // first).bit_length())
-            return [*(first << i for i in octaves), last]
-    elif re.fullmatch(r"\d+(,\d+)*", text):
-        return [int(n) for n in text.split(",")]
-    raise ValueError(f"lengths: {text!r}; it must be like 128,512 or 128,...,4096")
 
 
 def rounds(
@@ -264,10 +252,12 @@ def _check(what, lengths, batch, dtype, repeats) -> None:
     for w in what:
         if w not in WHAT:
             raise ValueError(f"what: {w!r}; it must be of {', '.join(WHAT)}")
-    least = [("lengths", T, 1) for T in lengths]
-    for name, n, low in [*least, ("batch", batch, 1), ("repeats", repeats, 3)]:
-        if isinstance(n, bool) or not isinstance(n, int) or n < low:
-            raise ValueError(f"{name}: {n!r}; it must be an integer of at least {low}")
+    for T in lengths:
+        check_size("lengths", T)
+    check_size("batch", batch)
+    check_size("repeats", repeats)
+    if repeats < 3:
+        raise ValueError(f"repeats: {repeats}; it must be 3 or more")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: {dtype!r}; it must be float32 or bfloat16")
 

@@ -101,11 +101,8 @@ def _rows(config, mesh: AnyMesh, key: str, i: int) -> list[tuple[int, int]]:
 
 def spec(key: str) -> PartitionSpec:
     """How a parameter is split: over `model` or not at all."""
-    return {
-        0: PartitionSpec("model"),
-        1: PartitionSpec(None, "model"),
-        None: PartitionSpec(),
-    }[AXIS.get(key, 0)]
+    axis = AXIS.get(key, 0)
+    return PartitionSpec(*() if axis is None else (*[None] * axis, "model"))
 
 
 def map_params(fn, params: Params) -> Params:
@@ -209,16 +206,10 @@ def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
     if not isinstance(tree, Cache):
         check_tree(tree, name="tree")
         return map_params(lambda _, key, v: put(v, *spec(key)), tree)
-    check_batch(mesh, jax.tree.leaves(tree.h)[0].shape[-4])
+    check_batch(mesh, len(tree.length))
 
-    def rows(v, *axes):  # the batch is the first of the last axes, in any layout
-        return put(v, *(None,) * (v.ndim - len(axes)), *axes)
-
-    return Cache(
-        conv=jax.tree.map(lambda v: rows(v, "data", None, None), tree.conv),
-        h=jax.tree.map(lambda v: rows(v, "data", "model", None, None), tree.h),
-        length=jax.tree.map(lambda v: rows(v, "data"), tree.length),
-    )
+    h = tuple(put(v, "data", "model") for v in tree.h)
+    return Cache(conv=put(tree.conv, "data"), h=h, length=put(tree.length, "data"))
 
 
 def cache_spec(config: Mamba2Config) -> Cache:
