@@ -100,8 +100,25 @@ ARGUMENTS = {
     | dict(log_a=-GATE, h0=QKV_STATE, chunk_size=4),
     "beyond.scalar_decay.retention": QKV | dict(state=None, chunk_size=4),
     "beyond.scalar_decay.mlstm": QKV | dict(log_i=-GATE, log_f=-GATE, chunk_size=4),
+    "beyond.scalar_decay.mamba3": dict(
+        **{k: QKV["q"] for k in ("x", "B", "C")},
+        **{k: GATE for k in ("dt", "A", "lam")},
+        **dict(angle=QKV["q"][..., :2], state=None, chunk_size=4),
+    ),
     "beyond.matrix_decay.gla": QKV | dict(log_a=-QKV["k"], h0=QKV_STATE, sub_chunk=4),
     "beyond.matrix_decay.delta_net": QKV | dict(beta=GATE, h0=QKV_STATE, chunk_size=4),
+    **{
+        f"measure.roofline.{name}": dict(config=CONFIG, b=2, T=5)
+        for name in ("recurrent", "quadratic", "chunked", "prefill", "forward")
+    },
+    "measure.roofline.decode": dict(config=CONFIG, b=2, itemsize=4),
+    "measure.roofline.parameters": dict(config=CONFIG),
+    "measure.roofline.with_chunks_of": dict(platform="cpu", config=CONFIG),
+    "measure.record.writable": dict(folder="never written"),
+    "compiler.targets.attached": dict(target="cpu"),
+    "scale.parallel.compile_over": dict(
+        config=CONFIG, mesh=MESH, b=2, T=5, dtype=jnp.float32
+    ),
 }
 FINE = {  # (argument, what is wrong elsewhere)
     *((name, "nothing") for name in ("D", "h0", "lengths", "cache", "revision")),
@@ -113,15 +130,19 @@ FINE = {  # (argument, what is wrong elsewhere)
     ("revision", "text"),
     ("donate_argnums", "a list"),
     ("devices", "nothing"),
+    ("folder", "nothing"),
+    ("platform", "text"),
+    ("name", "text"),
     ("state", "nothing"),
 }
-NEEDED = {("decode_step", "cache", "nothing")}
+NEEDED = {("decode_step", "cache", "nothing"), ("save", "folder", "nothing")}
 CASES = [
     (function, argument, wrong)
     for function, arguments in ARGUMENTS.items()
     for argument in arguments
     for wrong in WRONG
     if (argument, wrong) not in FINE or (function, argument, wrong) in NEEDED
+    if (function, wrong) != ("compiler.targets.attached", "nothing")
 ]
 
 

@@ -264,10 +264,10 @@ def _check(q, k, v, **more) -> None:
 
 def _check_mamba3(x, dt, A, lam, B, C, angle) -> None:
     """Raise ValueError unless the arguments of `mamba3` fit together."""
-    S = angle.shape[-1]
     per_head = {"C": (C, "b T H N"), "B": (B, "b T H N"), "x": (x, "b T H P")}
-    A_letters = "H" if jnp.ndim(A) == 1 else "b T H"
+    A_letters = "H" if np.ndim(A) == 1 else "b T H"
     gates = {"dt": (dt, "b T H"), "lam": (lam, "b T H"), "A": (A, A_letters)}
     check_shapes(**per_head, **gates, angle=(angle, "b T H S"))
+    S = angle.shape[-1]
     if 2 * S > B.shape[-1]:
         raise ValueError(f"angle: S = {S}; it must be at most N/2 = {B.shape[-1] / 2}")

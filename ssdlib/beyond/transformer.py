@@ -6,7 +6,7 @@
 with u = norm(r). The keys K and values V of every past token stay in a cache, and a
 step reads the whole cache. Written like `model` and `generate`: one function for any
 number of tokens, static shapes, one compiled loop, the cache updated in place. Sizes,
-parameters and cache come from `transformer`.
+parameters and cache are in `kv_cache`.
 Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; rotary positions: Su et
 al. 2021 (arXiv 2104.09864); gated unit: Shazeer 2020 (arXiv 2002.05202).
 """

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from ssdlib._checks import check_is
 from ssdlib.compiler import text as hlo_text
 from ssdlib.compiler import view as hlo_view
 from ssdlib.compiler.ops import Op, table
@@ -189,5 +190,7 @@ def _path(name: str, target: str) -> Path:
 
 def diff(*programs: Compiled, names: Sequence[str] | None = None) -> hlo_view.Table:
     """Programs or targets side by side, by kind of kernel; names default to targets."""
+    for program in programs:
+        check_is("programs", program, Compiled)
     names = names or [p.target for p in programs]
     return hlo_view.compare(dict(zip(names, programs, strict=True)))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ssdlib._checks import check_size
+from ssdlib._checks import check_is, check_size
 from ssdlib.cache import init_cache
 from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.compiler.targets import attached, chip_name
@@ -30,7 +30,7 @@ from ssdlib.generate import generate
 from ssdlib.measure import record, roofline
 from ssdlib.measure.roofline import Work, with_chunks_of
 from ssdlib.model import forward, prefill
-from ssdlib.params import Params, init_params
+from ssdlib.params import Params, check_params, init_params
 
 __all__ = ["LENGTHS", "WHAT", "bench", "rounds", "shapes", "work"]
 
@@ -73,7 +73,12 @@ def bench(
     Raises ValueError for arguments out of range, for a target that is not attached,
     and, before anything is allocated, for sizes that do not fit the memory.
     """
+    check_is("config", config, Mamba2Config)
     _check(what, lengths, batch, dtype, repeats)
+    if params is not None:
+        check_params(params, config)
+    check_is("name", name, str)
+    check_is("command", command, str)
     device = attached(target)
     keys = [(w, T) for T in sorted({*lengths}) for w in WHAT if w in what]
     sizes = config, batch, dtype
@@ -247,7 +252,7 @@ def _nbytes(tree) -> int:
 def _check(what, lengths, batch, dtype, repeats) -> None:
     """Raise ValueError for arguments that make no sense."""
     for name, values in (("what", what), ("lengths", lengths)):
-        if isinstance(values, str) or not values:
+        if not isinstance(values, (list, tuple)) or not values:
             raise ValueError(f"{name}: {values!r}; it must be a list of at least one")
     for w in what:
         if w not in WHAT:

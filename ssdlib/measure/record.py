@@ -17,6 +17,7 @@ from statistics import median
 
 import jax
 
+from ssdlib._checks import check_is
 from ssdlib.compiler.hlo import RECORDS
 from ssdlib.compiler.targets import chip_name, versions
 from ssdlib.compiler.view import Table, count
@@ -150,6 +151,7 @@ def writable(folder: str | Path | None = None) -> Path:
     """
     if folder is None:
         folder = RUNS if RECORDS == _ROOT / "book/results" else Path.cwd()
+    check_is("folder", folder, str, os.PathLike)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -159,6 +161,7 @@ def writable(folder: str | Path | None = None) -> Path:
 
 def save(record: dict, folder: str | Path | None = None) -> Path:
     """Write the record as <chip>-<model>-<dtype>-<time>.json and return its path."""
+    check_is("record", record, dict)
     stamp = re.sub(r"[-:]|T(?=\d)", lambda m: "-" * (m[0] == "T"), record["date"])
     names = record["device"]["name"], record["model"]["name"], record["dtype"]
     path = writable(folder) / f"{'-'.join(names)}-{stamp.rstrip('Z')}.json"
@@ -168,6 +171,7 @@ def save(record: dict, folder: str | Path | None = None) -> Path:
 
 def table(record: dict) -> Table:
     """The rows of a record, and below them what they depend on."""
+    check_is("record", record, dict)
     header = ["what", "tokens", "ms/token", "lowest", "highest", "tokens/s"]
     header += ["TFLOPS", "MFU", "HBU", "compile s"]
     rows = []

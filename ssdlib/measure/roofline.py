@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from ssdlib._checks import check_is, check_size
 from ssdlib.compiler.chips import Chip
 from ssdlib.config import Mamba2Config
 from ssdlib.platforms import LONGEST_CHUNK
@@ -73,6 +74,7 @@ _MASK = 6  # FLOPs an entry of L ∘ C Bᵀ: differences, selects, the product; 
 
 def recurrent(config: Mamba2Config, b: int, T: int) -> Work:
     """The recurrence: 5 b T H P N FLOPs; the state is read and written every step."""
+    _check(config, b=b, T=T)
     H, P, N = config.n_heads, config.head_dim, config.d_state
     state = 8.0 * b * T * H * P * N
     return Work(5.0 * b * T * H * P * N, state + _inputs(config, b, T))
@@ -84,6 +86,7 @@ def quadratic(config: Mamba2Config, b: int, T: int, h0: bool = True) -> Work:
     Scores 2 G N T², mask 6 H T², values 2 H P T², the final state 2 H P N T, and the
     same once more to read the initial state. Bytes: inputs and outputs, no T x T array.
     """
+    _check(config, b=b, T=T)
     H, P, N, G = config.n_heads, config.head_dim, config.d_state, config.n_groups
     pairs = 2.0 * G * N + _MASK * H + 2.0 * H * P
     state = (4.0 if h0 else 2.0) * H * P * N
@@ -96,6 +99,7 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
     Q is the config's chunk length. A prefill takes shorter chunks where those are
     faster (`platforms.LONGEST_CHUNK`), and then fewer FLOPs.
     """
+    _check(config, b=b, T=T)
     Q = min(config.chunk_size, T)
     chunks = -(-T // Q)
     flops = chunks * quadratic(config, b, Q).flops
@@ -104,8 +108,16 @@ def chunked(config: Mamba2Config, b: int, T: int) -> Work:
 
 def with_chunks_of(platform: str, config: Mamba2Config) -> Mamba2Config:
     """The config with the chunks that a prefill takes on this platform."""
+    check_is("platform", platform, str)
+    _check(config)
     longest = LONGEST_CHUNK.get(platform, LONGEST_CHUNK["default"])
     return replace(config, chunk_size=min(longest, config.chunk_size))
+
+
+def _check(config, **sizes) -> None:
+    check_is("config", config, Mamba2Config)
+    for name, n in sizes.items():
+        check_size(name, n)
 
 
 def _inputs(config: Mamba2Config, b: int, T: int) -> float:
@@ -123,6 +135,7 @@ def _state(config: Mamba2Config, b: int) -> float:
 
 def parameters(config: Mamba2Config) -> dict[str, int]:
     """Number of weights by part; matrices first, then what stays float32."""
+    _check(config)
     d, H, layers = config.d_model, config.n_heads, config.n_layers
     bias = config.proj_bias
     inner, outer = config.d_inner + config.d_xBC + H, config.d_inner
@@ -165,6 +178,7 @@ def decode(config: Mamba2Config, b: int, itemsize: int = 4) -> Work:
 
 
 def _model(config, b, T, itemsize, ssd, states) -> Work:
+    check_size("itemsize", itemsize)
     n = parameters(config)
     head = config.vocab_size * config.d_model
     matrices = n["in_proj"] + n["out_proj"] + n["conv"]

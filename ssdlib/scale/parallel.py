@@ -173,6 +173,9 @@ def compile_over(config: Mamba2Config, mesh: Mesh, b: int, T: int, dtype=jnp.flo
     Its devices may be absent, as those of `compiler.targets.tpu_slice`. Returns jax's
     compiled object.
     """
+    local_config(config, mesh)
+    check_batch(mesh, b, "b")
+    check_size("T", T)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
     function, shape = (prefill, (b, T)) if T > 1 else (decode_step, (b,))
     program = jax.jit(
