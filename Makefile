@@ -50,7 +50,7 @@ lint: $(READY) ## check style, formatting and that chapters hold no outputs
 	$(STRIP) --verify book/*.ipynb || { echo "Run: make format"; exit 1; }
 
 pytest: $(READY) ## the tests in tests/
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest -n 2 --dist loadfile --durations=10
 
 # The book reads what these runs leave in the cache, so nothing is run twice. Warnings are
 # errors in tests/ only: here they would come from Jupyter's own parts.
