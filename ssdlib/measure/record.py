@@ -71,7 +71,7 @@ def load_average() -> float | None:
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Bytes that a program may still take; None where the system is mute."""
+    """Bytes that a program may still take; None where the system does not say."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -79,7 +79,7 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def peak_memory(device: jax.Device) -> int | None:
-    """The most bytes held by this process at a time; None where the system is mute."""
+    """The most bytes held by this process at a time; None where the system does not say."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
