@@ -1,22 +1,41 @@
 """The command line: `python -m ssdlib generate "The with statement"`, and more."""
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+
+import jax
 
 from ssdlib.companion import commands
 
 
 class Parser(argparse.ArgumentParser):
-    """Of one command; its help shows what an option is if not given."""
+    """Of a command: help shows what an option is if not given; an error is one line."""
 
     def __init__(self, **options):
         kind = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(formatter_class=kind, **options)
 
+    def error(self, message):
+        """What is wrong, without all options."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def exit(self, status=0, message=None):
+        """Leave, once the help is written: a closed pipe is noticed here."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
+
+# A device without memory, or a program that is too large for the compiler, as well.
+FAILURES = ValueError, OSError, ImportError, OverflowError, MemoryError
+FAILURES += (jax.errors.JaxRuntimeError,)
+
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     """The parser of the command line, and that of each command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ssdlib",
         description="Mamba-2 in plain JAX: one program for CPU, GPU and TPU.",
     )
@@ -29,17 +48,40 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for input that cannot be used."""
-    args = parsers()[0].parse_args(argv)
+    """Run one command: 0 on success, 2 for what cannot be used or done, with one line.
+
+    As usual in a shell, 130 after an interrupt and 141 where nobody reads the output.
+    """
     try:
+        args = parsers()[0].parse_args(argv)
         args.run(args)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        return 141
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        line, status = "interrupted", 130
+    except FAILURES as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        line, status = f"error: {reason[0]}", 2
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def run() -> None:
+    """`main` as a process of its own, which ends without a crash in any case."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+    if status := main():
+        # Not sys.exit: a compiler that still runs in a thread crashes while Python
+        # takes itself apart, and a closed pipe cannot be flushed.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
 
 
 def add_generate(subparsers) -> None:
@@ -47,9 +89,11 @@ def add_generate(subparsers) -> None:
     p = subparsers.add_parser(
         "generate",
         help="continue a text",
-        description="Continue a text and stream it; statistics go to standard error.",
+        description="Continue a text and stream it, until the model ends it. "
+        "Statistics go to standard error.",
     )
-    p.add_argument("prompt", help="the text to continue")
+    p.add_argument("prompt", nargs="?", help="the text to continue, - reads it")
+    p.add_argument("--prompt-file", help="a file in UTF-8 with the text, - reads it")
     add_model(p)
     p.add_argument("--max-new-tokens", type=int, default=200, help="at most")
     p.add_argument(
@@ -62,7 +106,7 @@ def add_generate(subparsers) -> None:
         default=0.9,
         help="draw from the smallest set of tokens with this probability",
     )
-    p.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same text")
     p.set_defaults(run=commands.generate)
 
 
@@ -77,7 +121,7 @@ def add_evaluate(subparsers) -> None:
             "it. The first token is read and not scored."
         ),
     )
-    p.add_argument("--text", required=True, help="a file in UTF-8")
+    p.add_argument("--text", required=True, help="a file in UTF-8, - reads it")
     add_model(p)
     p.set_defaults(run=commands.evaluate)
 
@@ -93,12 +137,12 @@ def add_model(p) -> None:
     p.add_argument(
         "--tokenizer", help="folder or hub id of a tokenizer.json outside the model"
     )
-    add_dtype(p)
+    add_dtype(p, "float16")
 
 
-def add_dtype(p) -> None:
+def add_dtype(p, *more: str) -> None:
     """Declare the dtype of the weights."""
-    kinds = ["float32", "bfloat16"]
+    kinds = ["float32", "bfloat16", *more]
     p.add_argument("--dtype", choices=kinds, default="float32", help="of the weights")
 
 
@@ -150,4 +194,4 @@ def add_bench(subparsers) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,7 +7,6 @@ anew after a change: python tests/test_checkpoints.py
 import json
 import math
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -281,7 +280,7 @@ def test_the_table_of_the_reference_is_what_happens():
 def test_a_key_by_another_name_has_its_effect_and_transformers_agrees(
     folder, norm, limit
 ):
-    """Mamba2ForCausalLM computes with the same eps and limit, given by its own names."""
+    """Mamba2ForCausalLM computes the same, with eps and limit by its own names."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import torch
@@ -366,7 +365,7 @@ def test_an_empty_folder_that_hides_a_repository_is_named(tmp_path, monkeypatch,
     message = "the folder 'org/model' is empty; it hides the repository of that name"
     with pytest.raises(FileNotFoundError, match=message):
         read("org/model")
-    with pytest.raises(FileNotFoundError, match="is empty$"):
+    with pytest.raises(FileNotFoundError, match=r"is empty$"):
         read(tmp_path / "org/model")
 
 
