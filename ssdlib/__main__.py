@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
+import threading
 
 import jax
 
@@ -50,7 +52,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command: 0 on success, 2 for what cannot be used or done, with one line.
 
-    As usual in a shell, 130 after an interrupt and 141 where nobody reads the output.
+    141, as usual in a shell, where nobody reads the output any more.
     """
     try:
         args = parsers()[0].parse_args(argv)
@@ -59,29 +61,46 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except BrokenPipeError:
         return 141
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
     except FAILURES as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        line, status = f"error: {reason[0]}", 2
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-    return status
+        with contextlib.suppress(OSError):
+            print(f"error: {reason[0]}", file=sys.stderr, flush=True)
+        return 2
 
 
 def run() -> None:
     """`main` as a process of its own, which ends without a crash in any case."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        leave_on_interrupt()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
     if status := main():
-        # Not sys.exit: a compiler that still runs in a thread crashes while Python
-        # takes itself apart, and a closed pipe cannot be flushed.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
-        os._exit(status)
+        os._exit(status)  # Python would try to flush a closed pipe once more
+
+
+def leave_on_interrupt() -> None:
+    """End the process with status 130 and one line as soon as Ctrl-C is pressed.
+
+    Python itself would wait for a compiler that runs, and then take itself apart while
+    threads of JAX still work, which ends in a segmentation fault. So a thread waits for
+    the byte that the signal writes.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    signal.signal(signal.SIGINT, lambda *_: writer)  # which it also keeps open
+
+    def wait():
+        reader.recv(1)
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def add_generate(subparsers) -> None:

@@ -127,7 +127,9 @@ def check_integers(name: str, x, shape: tuple[str | int, ...], low: int, high: i
     """
     if isinstance(x, (list, tuple)) or hasattr(x, "__array__"):
         try:
-            x = x if isinstance(x, (np.ndarray, jax.Array)) else np.asarray(x)
+            if not isinstance(x, jax.Array):
+                x = np.asarray(x)
+                x = x.astype(x.dtype.newbyteorder("="), copy=False)
         except (TypeError, ValueError, RuntimeError) as error:
             why = "rows of one length, no tensor on a device of another library"
             raise ValueError(

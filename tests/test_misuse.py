@@ -185,8 +185,8 @@ def test_a_long_prompt_shows_its_progress_and_changes_nothing(
     capsys, monkeypatch, tmp_path, model
 ):
     """100,000 tokens, read in pieces of one program; a terminal shows how far it is."""
-    ids = np.random.default_rng(0).integers(97, 123, 100_000).astype(np.uint8)
-    (tmp_path / "prompt").write_bytes(bytes(ids))
+    ids = np.random.default_rng(0).integers(97, 123, 100_000)
+    (tmp_path / "prompt").write_bytes(bytes(ids.tolist()))
     bars = []
 
     class Bar:
@@ -208,10 +208,8 @@ def test_a_long_prompt_shows_its_progress_and_changes_nothing(
     status, out, _ = run(capsys, "generate", "--prompt-file", path, *how)
     assert status == 0
     params = init_params(CONFIG, jax.random.key(0))
-    tokens = np.asarray(generate(params, CONFIG, ids[None], 5).tokens[0])
-    assert out[100_000:].encode(errors="replace") == (
-        bytes(tokens.astype(np.uint8)).decode(errors="replace") + "\n"
-    ).encode(errors="replace")
+    tokens = generate(params, CONFIG, ids[None], 5).tokens[0].tolist()
+    assert out[100_000:] == bytes(tokens).decode(errors="replace") + "\n"
     total, done = bars[0]
     assert total == done > 99_000 - 2048
 
@@ -304,7 +302,7 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
 
 
 def start(*argv, **options):
-    """A command in a process of its own, without the log of plugins that find no chip."""
+    """A command in a process of its own."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
     command = [sys.executable, "-X", "faulthandler", "-m", "ssdlib", *argv]
     return subprocess.Popen(command, env=os.environ | QUIET, **options)
@@ -317,13 +315,12 @@ def lines(errors):
 
 
 @posix
-@pytest.mark.parametrize("wait", [0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("wait", [0.1, 1.0])
 def test_an_interrupt_while_compiling_is_status_130_and_one_line(wait):
-    """The stderr of a terminal would say when; here the model's file is watched."""
     code = (
-        "import sys; sys.stderr.isatty = lambda: True\n"
+        "import sys\n"
         "from ssdlib.__main__ import run\n"
-        "sys.argv = ['ssdlib', 'inspect', '--what', 'prefill', '--preset', '370m']\n"
+        "sys.argv = ['ssdlib', 'inspect', '--what', 'prefill', '--tokens', '64']\n"
         "from ssdlib.companion import commands\n"
         "show = commands.compile_preset\n"
         "def told(*args):\n"
