@@ -1,22 +1,43 @@
 """The command line: `python -m ssdlib generate "The with statement"`, and more."""
 
 import argparse
+import contextlib
+import os
+import signal
+import socket
 import sys
+import threading
+
+import jax
 
 from ssdlib.companion import commands
 
 
 class Parser(argparse.ArgumentParser):
-    """Of one command; its help shows what an option is if not given."""
+    """Of a command: help shows what an option is if not given; an error is one line."""
 
     def __init__(self, **options):
         kind = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(formatter_class=kind, **options)
 
+    def error(self, message):
+        """What is wrong, without all options."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def exit(self, status=0, message=None):
+        """Leave, once the help is written: a closed pipe is noticed here."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
+
+# A device without memory, or a program that is too large for the compiler, as well.
+FAILURES = ValueError, OSError, ImportError, OverflowError, MemoryError
+FAILURES += (jax.errors.JaxRuntimeError,)
+
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     """The parser of the command line, and that of each command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ssdlib",
         description="Mamba-2 in plain JAX: one program for CPU, GPU and TPU.",
     )
@@ -29,17 +50,57 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for input that cannot be used."""
-    args = parsers()[0].parse_args(argv)
+    """Run one command: 0 on success, 2 for what cannot be used or done, with one line.
+
+    141, as usual in a shell, where nobody reads the output any more.
+    """
     try:
+        args = parsers()[0].parse_args(argv)
         args.run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        return 141
+    except FAILURES as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        with contextlib.suppress(OSError):
+            print(f"error: {reason[0]}", file=sys.stderr, flush=True)
         return 2
-    return 0
+
+
+def run() -> None:
+    """`main` as a process of its own, which ends without a crash in any case."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        leave_on_interrupt()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+    if status := main():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)  # Python would try to flush a closed pipe once more
+
+
+def leave_on_interrupt() -> None:
+    """End the process with status 130 and one line as soon as Ctrl-C is pressed.
+
+    Python itself would wait for a compiler that runs, and then take itself apart while
+    threads of JAX still work, which ends in a segmentation fault. So a thread waits for
+    the byte that the signal writes.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    signal.signal(signal.SIGINT, lambda *_: writer)  # which it also keeps open
+
+    def wait():
+        reader.recv(1)
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def add_generate(subparsers) -> None:
@@ -47,9 +108,11 @@ def add_generate(subparsers) -> None:
     p = subparsers.add_parser(
         "generate",
         help="continue a text",
-        description="Continue a text and stream it; statistics go to standard error.",
+        description="Continue a text and stream it, until the model ends it. "
+        "Statistics go to standard error.",
     )
-    p.add_argument("prompt", help="the text to continue")
+    p.add_argument("prompt", nargs="?", help="the text to continue, - reads it")
+    p.add_argument("--prompt-file", help="a file in UTF-8 with the text, - reads it")
     add_model(p)
     p.add_argument("--max-new-tokens", type=int, default=200, help="at most")
     p.add_argument(
@@ -62,7 +125,7 @@ def add_generate(subparsers) -> None:
         default=0.9,
         help="draw from the smallest set of tokens with this probability",
     )
-    p.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same text")
     p.set_defaults(run=commands.generate)
 
 
@@ -77,7 +140,7 @@ def add_evaluate(subparsers) -> None:
             "it. The first token is read and not scored."
         ),
     )
-    p.add_argument("--text", required=True, help="a file in UTF-8")
+    p.add_argument("--text", required=True, help="a file in UTF-8, - reads it")
     add_model(p)
     p.set_defaults(run=commands.evaluate)
 
@@ -93,12 +156,12 @@ def add_model(p) -> None:
     p.add_argument(
         "--tokenizer", help="folder or hub id of a tokenizer.json outside the model"
     )
-    add_dtype(p)
+    add_dtype(p, "float16")
 
 
-def add_dtype(p) -> None:
+def add_dtype(p, *more: str) -> None:
     """Declare the dtype of the weights."""
-    kinds = ["float32", "bfloat16"]
+    kinds = ["float32", "bfloat16", *more]
     p.add_argument("--dtype", choices=kinds, default="float32", help="of the weights")
 
 
@@ -151,4 +214,4 @@ def add_bench(subparsers) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "as_int32",
     "check_fields",
     "check_floats",
     "check_integers",
     "check_is",
     "check_key",
-    "check_range",
     "check_shapes",
     "check_size",
     "check_tokens",
@@ -134,8 +132,23 @@ def check_floats(name: str, x) -> None:
         )
 
 
-def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
-    """Raise ValueError unless x holds integers and has this shape (a str: any size)."""
+def check_integers(name: str, x, shape: tuple[str | int, ...], low: int, high: int):
+    """x in int32, so that no other dtype compiles a program anew.
+
+    A list, or a tensor of another library in the host's memory, becomes an array. What
+    is traced or lies on a device stays there. Raises ValueError unless x holds integers
+    and has this shape (a str: any size), and low <= x <= high, where x is concrete.
+    """
+    if isinstance(x, (list, tuple)) or hasattr(x, "__array__"):
+        try:
+            if not isinstance(x, jax.Array):
+                x = np.asarray(x)
+                x = x.astype(x.dtype.newbyteorder("="), copy=False)
+        except (TypeError, ValueError, RuntimeError) as error:
+            why = "rows of one length, no tensor on a device of another library"
+            raise ValueError(
+                f"{name}: {described(x)}; it must be an array of numbers: {why}"
+            ) from error
     dtype, got = _of_array(name, x)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name}: dtype {dtype}; it must hold integers")
@@ -146,39 +159,23 @@ def check_integers(name: str, x, shape: tuple[str | int, ...]) -> None:
         raise ValueError(f"{name}: shape {got}; it must be ({want})")
     if 0 in got:
         raise ValueError(f"{name}: shape {got} holds nothing; give at least one")
-
-
-def check_range(name: str, x, low: int, high: int) -> None:
-    """Raise ValueError unless low <= x <= high, where x is concrete."""
     if is_traced(x):
-        return
+        return jnp.asarray(x).astype(jnp.int32)
     values = np.asarray(x)
     bad = values[(values < low) | (values > high)]
     if bad.size:
         raise ValueError(f"{name}: {bad.flat[0]} is outside {low}..{high}")
+    device = isinstance(x, jax.Array) and x.dtype == jnp.int32
+    return x if device else values.astype(np.int32)
 
 
-def check_tokens(tokens, vocab_size: int, lengths=None, name: str = "tokens") -> None:
-    """Raise ValueError unless tokens (b, T) and lengths (b,) make sense together."""
-    check_integers(name, tokens, ("b", "T"))
-    check_range(name, tokens, 0, vocab_size - 1)
-    if lengths is not None:
-        b, T = jnp.shape(tokens)
-        check_integers("lengths", lengths, (b,))
-        check_range("lengths", lengths, 0, T)
+def check_tokens(tokens, vocab_size: int, lengths=None, name: str = "tokens") -> tuple:
+    """tokens (b, T) and lengths (b,), if any, in int32.
 
-
-def as_int32(*arrays) -> list:
-    """Integers, once checked, in one dtype, so that no other compiles a program anew.
-
-    None stays None, and what is traced or lies on a device stays there.
+    Raises ValueError unless they make sense together.
     """
-
-    def convert(x):
-        if x is None or is_traced(x):
-            return x if x is None else jnp.asarray(x).astype(jnp.int32)
-        if isinstance(x, jax.Array) and x.dtype == jnp.int32:
-            return x
-        return np.asarray(x, np.int32)
-
-    return [convert(x) for x in arrays]
+    tokens = check_integers(name, tokens, ("b", "T"), 0, vocab_size - 1)
+    if lengths is not None:
+        b, T = tokens.shape
+        lengths = check_integers("lengths", lengths, (b,), 0, T)
+    return tokens, lengths

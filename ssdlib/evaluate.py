@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from ssdlib._checks import check_integers, check_range, check_shapes, check_size
+from ssdlib._checks import check_integers, check_shapes, check_size
 from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, pieces, read_all
@@ -60,9 +60,8 @@ def evaluate(
     Raises ValueError for fewer than two tokens, tokens out of range, or piece < 1.
     """
     params = checked_params(params, config)
-    check_integers("tokens", tokens, ("T",))
-    check_range("tokens", tokens, 0, config.vocab_size - 1)
-    tokens = np.asarray(tokens, np.int32)
+    tokens = check_integers("tokens", tokens, ("T",), 0, config.vocab_size - 1)
+    tokens = np.asarray(tokens)
     if len(tokens) < 2:
         raise ValueError("tokens: 1 of them; the first is not scored, give at least 2")
     check_size("piece", piece)
@@ -92,8 +91,8 @@ def next_token_loss(
     Raises ValueError if a shape or dtype does not fit.
     """
     check_shapes(logits=(logits, "b T V"))
-    check_integers("targets", targets, logits.shape[:2])
-    check_range("targets", targets, 0, logits.shape[2] - 1)
+    b, T, V = logits.shape
+    targets = check_integers("targets", targets, (b, T), 0, V - 1)
     logits = logits.astype(accumulator(logits))
     chosen = jnp.take_along_axis(logits, jnp.asarray(targets)[..., None], axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]

@@ -9,7 +9,7 @@ The cache has a fixed size, so every pass of the loop is the same program on the
 buffers: nothing grows, nothing is recompiled, and nothing visits the host.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ssdlib._checks import as_int32, check_size, check_tokens, is_traced
+from ssdlib._checks import check_size, check_tokens, is_traced
 from ssdlib.cache import Cache, check_cache, init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, prefill, read
@@ -33,8 +33,9 @@ LONGEST = 2048  # tokens of a prompt that one program reads; more are read in pi
 class Generation(NamedTuple):
     """What `generate` returns.
 
-    tokens:  (b, max_new_tokens); after its end a row is filled with eos_id.
-    lengths: (b,) tokens each row produced, its eos_id counted.
+    tokens:  (b, max_new_tokens); after its end a row is filled with eos_id, the first
+             of several.
+    lengths: (b,) tokens each row produced, the one that ended it counted.
     cache:   has read all but the last token of each row.
 
     To go on from here, pass `tokens[:, -1:]` as the prompt, with this cache.
@@ -55,7 +56,7 @@ def generate(
     temperature: float | Array = 0.0,
     top_k: int | Array | None = None,
     top_p: float | Array | None = None,
-    eos_id: int | Array | None = None,
+    eos_id: int | Sequence[int] | Array | None = None,
     key: Array | None = None,
     cache: Cache | None = None,
 ) -> Generation:
@@ -65,14 +66,15 @@ def generate(
     it, a token is drawn with `key` from the top_k most probable ones if given, and of
     those from the smallest set that holds probability top_p if given. `lengths` marks
     right-padded rows; a row of length 0 has nothing to go on from and stays as it is.
-    With `eos_id` a row ends at that token, and the loop stops once all rows ended.
+    With `eos_id` a row ends at that token, or the first of several (n,), and the loop
+    stops once all rows ended.
 
     A `cache` from an earlier call goes on from there, without reading the past again;
     it stays valid. Give it the last token, which it has not read:
     `generate(params, config, g.tokens[:, -1:], n, cache=g.cache)`. A row that goes on
-    with eos_id alone has ended. Token t of row i, counted from the start of its text,
-    is drawn with `fold_in(fold_in(key, i), t)`, so that the same key gives the same
-    text, however it is cut in calls.
+    with an eos_id alone has ended. Token t of row i, counted from the start of its
+    text, is drawn with `fold_in(fold_in(key, i), t)`, so that the same key gives the
+    same text, however it is cut in calls.
 
     Compiled once for each batch size, bucket of T, bucket of max_new_tokens and choice
     of limits. Buckets are 1, 16, 24, 32, 48, 64 ..., two an octave; a prompt of more
@@ -97,7 +99,7 @@ def stream(
     temperature: float | Array = 0.0,
     top_k: int | Array | None = None,
     top_p: float | Array | None = None,
-    eos_id: int | Array | None = None,
+    eos_id: int | Sequence[int] | Array | None = None,
     key: Array | None = None,
     cache: Cache | None = None,
     block: int = 16,
@@ -106,7 +108,7 @@ def stream(
 
     The same tokens as `generate`, with one host round trip a block: the next block is
     already running on the device while the caller handles this one. Ends early once
-    every row has met `eos_id`. Arguments are checked at the call.
+    every row has met an `eos_id`. Arguments are checked at the call.
     """
     limits = temperature, top_k, top_p, eos_id, key
     params, start, options = _start(params, config, prompt, lengths, cache, limits)
@@ -119,7 +121,7 @@ def _start(params, config, prompt, lengths, cache, limits):
     Returns the parameters, where the generation starts, and its options.
     """
     params = checked_params(params, config)
-    check_tokens(prompt, config.vocab_size, lengths, name="prompt")
+    prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     options = check_options(config.vocab_size, *limits)
     (b, T), goes_on = prompt.shape, cache is not None
     if cache is None:
@@ -127,7 +129,6 @@ def _start(params, config, prompt, lengths, cache, limits):
     else:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    prompt, lengths = as_int32(prompt, lengths)
     if T <= LONGEST or is_traced(prompt):
         start = Start.of(prompt, bucket(T), lengths, cache, goes_on)
         return params, start, options
@@ -209,7 +210,8 @@ def run_blocks(
                 made = go(next_, min(block, left))
             tokens = np.asarray(tokens)[:, :now]
             yield tokens
-            if not left or (eos_id is not None and (tokens[:, -1] == eos_id).all()):
+            ended = eos_id is not None and np.isin(tokens[:, -1], eos_id).all()
+            if ended or not left:
                 return
 
     return blocks(go(start, min(block, n)), n)
@@ -223,7 +225,7 @@ def _generation(
     if eos_id is not None:
         real = jnp.full(b, prompt.shape[1], jnp.int32) if real is None else real
         real = _unless_ended(prompt, real, eos_id) if goes_on else real
-    fill, masked = 0 if eos_id is None else eos_id, masked or eos_id is not None
+    fill, masked = 0 if eos_id is None else eos_id[0], masked or eos_id is not None
     alive = real > 0 if masked else jnp.ones(b, bool)
     if options.key is not None:
         keys = jax.vmap(partial(jax.random.fold_in, options.key))(
@@ -241,7 +243,7 @@ def _generation(
         token = jnp.where(alive, token, fill)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, 1)
         lengths = lengths + alive.astype(jnp.int32)
-        alive = alive if eos_id is None else alive & (token != eos_id)
+        alive = alive if eos_id is None else alive & ~_is_end(token, eos_id)
         return token, i + 1, alive, tokens, lengths
 
     def unfinished(carry):
@@ -271,7 +273,12 @@ def _unless_ended(prompt, real, eos_id):
     if eos_id is None:
         return real
     xp = jnp if is_traced(prompt) or isinstance(prompt, jax.Array) else np
-    return xp.where((real == 1) & (prompt[:, 0] == eos_id), 0, real)
+    return xp.where((real == 1) & _is_end(prompt[:, 0], eos_id), 0, real)
+
+
+def _is_end(token, eos_id):
+    """(b,): whether a row's token is one of those that end it."""
+    return (token[:, None] == eos_id[None]).any(-1)
 
 
 def bucket(size: int) -> int:

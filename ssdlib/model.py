@@ -17,14 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import (
-    as_int32,
-    check_integers,
-    check_range,
-    check_size,
-    check_tokens,
-    is_traced,
-)
+from ssdlib._checks import check_integers, check_size, check_tokens, is_traced
 from ssdlib.cache import Cache, append_inputs, check_cache, init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.params import Params, checked_params
@@ -59,8 +52,8 @@ def forward(
     program values are hidden: a token outside the vocabulary makes its row NaN.
     """
     params = checked_params(params, config)
-    check_tokens(tokens, config.vocab_size, lengths)
-    return _forward(params, config, *as_int32(tokens, lengths))
+    tokens, lengths = check_tokens(tokens, config.vocab_size, lengths)
+    return _forward(params, config, tokens, lengths)
 
 
 def prefill(
@@ -80,11 +73,10 @@ def prefill(
     then do not depend on T. Your cache stays valid. Errors as in `forward`.
     """
     params = checked_params(params, config)
-    check_tokens(tokens, config.vocab_size, lengths)
+    tokens, lengths = check_tokens(tokens, config.vocab_size, lengths)
     if cache is None:
         cache = init_cache(config, len(tokens), params["embedding"].dtype)
     check_cache(config, cache, len(tokens))
-    tokens, lengths = as_int32(tokens, lengths)
     if piece is None:
         return _prefill(params, config, tokens, cache, lengths)
     check_size("piece", piece)
@@ -105,10 +97,8 @@ def decode_step(
     on the device, use `generate`; to loop yourself, jit this with the cache donated.
     """
     params = checked_params(params, config)
-    check_integers("token", token, ("b",))
-    check_range("token", token, 0, config.vocab_size - 1)
+    token = check_integers("token", token, ("b",), 0, config.vocab_size - 1)
     check_cache(config, cache, len(token))
-    (token,) = as_int32(token)
     return _prefill(params, config, token[:, None], cache, None)
 
 
@@ -129,8 +119,7 @@ def _forward(params, config, tokens, lengths):
     cache = init_cache(config, len(tokens), params["embedding"].dtype)
     logits, _ = read_all(params, config, tokens, cache, lengths)
     if lengths is not None:
-        real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-        logits = jnp.where(real[..., None], logits, 0)
+        logits = jnp.where(_real(lengths, tokens.shape[1])[..., None], logits, 0)
     return logits
 
 
@@ -182,6 +171,8 @@ def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE
     T = tokens.shape[1]
     r = axes.embed(params["embedding"], tokens, config.vocab_size)
     left = axes.real_tokens_from_here(lengths, T)
+    if left is not None:  # whatever the embedding of a padding token is, NaN included
+        r = jnp.where(_real(left, T)[..., None], r, 0)
     r, tails, h = pad_rows(r, rows or len(r)), [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
@@ -217,9 +208,7 @@ def _block(p, config, axes, r, conv, h, left):
     dt = _add_bias(dt[:b].astype(h.dtype), p["dt_bias"])
     dt = jnp.clip(jax.nn.softplus(dt), *config.time_step_limit)
     if left is not None:  # a token of dt = 0 neither decays nor writes the state
-        dt = jnp.where(
-            (jnp.arange(T, dtype=jnp.int32)[None] < left[:, None])[..., None], dt, 0
-        )
+        dt = jnp.where(_real(left, T)[..., None], dt, 0)
     A = -jnp.exp(p["A_log"])
 
     if T == 1:
@@ -291,6 +280,11 @@ def _head(params, config, r):
     u = rms_norm(r, params["norm"], config.norm_eps).astype(embedding.dtype)
     head = embedding if config.tie_embeddings else params["head"]
     return linear(head, u, r.dtype)
+
+
+def _real(lengths, T):
+    """(b, T): which tokens of right-padded rows are real."""
+    return jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None]
 
 
 def _add_bias(y, bias, cut=slice(None)):

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from ssdlib._checks import (
     check_integers,
     check_key,
-    check_range,
     described,
     is_number,
     is_traced,
@@ -31,7 +30,10 @@ TINY = np.finfo(np.float32).tiny
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Options:
-    """How to pick tokens. Fields that are None shape the program; others are traced."""
+    """How to pick tokens. Fields that are None shape the program; others are traced.
+
+    eos_id is (n,), the ids of which each ends a row.
+    """
 
     temperature: Any = None
     top_p: Any = None
@@ -48,9 +50,7 @@ def check_options(
     if not is_number(temperature) or not (traced or 0 <= temperature < float("inf")):
         raise ValueError(f"temperature: {described(temperature)}; it must be 0 or more")
     if top_k is not None:
-        check_integers("top_k", top_k, ())
-        check_range("top_k", top_k, 1, vocab_size)
-        top_k = jnp.asarray(top_k, jnp.int32)
+        top_k = jnp.asarray(check_integers("top_k", top_k, (), 1, vocab_size))
     if top_p is not None:
         if not is_number(top_p) or not (is_traced(top_p) or 0 < top_p <= 1):
             raise ValueError(
@@ -58,9 +58,10 @@ def check_options(
             )
         top_p = jnp.asarray(top_p, jnp.float32)
     if eos_id is not None:
-        check_integers("eos_id", eos_id, ())
-        check_range("eos_id", eos_id, 0, vocab_size - 1)
-        eos_id = jnp.asarray(eos_id, jnp.int32)
+        several = isinstance(eos_id, (list, tuple)) or np.ndim(eos_id) > 0
+        shape = ("n",) if several else ()
+        eos_id = check_integers("eos_id", eos_id, shape, 0, vocab_size - 1)
+        eos_id = jnp.asarray(eos_id.reshape(-1))
     if not traced and np.float32(temperature) < TINY:  # the limit of small ones
         return Options(eos_id=eos_id)
     if key is None:

@@ -26,7 +26,8 @@ class Hub(ThreadingHTTPServer):
         self.log = []
         self.cuts = 0  # how many of the next downloads break off halfway
         self.extra = 0  # bytes by which the announced size of weights is wrong
-        self.gated = set()  # repositories that answer 401
+        self.gated = set()  # repositories that answer with the refusal
+        self.refusal = 401, "GatedRepo"
 
     @property
     def url(self):
@@ -54,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "EntryNotFound")
         name, revision = match[1], match[3] if api else match[2]
         if name in self.server.gated:
-            return self.fail(401, "GatedRepo")
+            return self.fail(*self.server.refusal)
         if name not in self.server.repositories:
             return self.fail(401, "RepoNotFound")  # the hub hides what is private
         names = {commit: name for name, commit in COMMITS.items()}
@@ -103,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def fail(self, status, code):
-        self.send(status, b"", {"X-Error-Code": code})
+        self.send(status, b"", {"X-Error-Code": code} if code else {})
 
 
 def etag(data):

@@ -77,7 +77,7 @@ def test_who_waits_at_a_terminal_is_told_why_and_the_output_stays_text(
         (["generate", "x", "--model", "nowhere"], "source: 'nowhere' is no folder"),
         (["inspect", "--preset", "7b"], "name: '7b'; it must be one of 130m"),
         (["inspect", "--target", "abacus"], "target: 'abacus'; it must be one of cpu"),
-        (["inspect", "--batch", "0"], "batch: 0; it must be at least 1"),
+        (["inspect", "--batch", "0"], "batch: 0; it must be an integer of at least 1"),
     ],
 )
 @pytest.mark.usefixtures("as_user")

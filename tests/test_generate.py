@@ -187,6 +187,29 @@ def test_a_row_ends_at_eos_and_the_rest_is_filled():
         assert (np.asarray(row)[n:] == eos).all()
 
 
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("kind", [list, tuple, np.array, jnp.array])
+def test_a_row_ends_at_the_first_of_several_ids(kind):
+    free = np.asarray(generate(PARAMS, CONFIG, PROMPT, 32).tokens)
+    ends = [60, int(free[1, 6]), int(free[0, 9])]
+    out = generate(PARAMS, CONFIG, PROMPT, 32, eos_id=kind(ends))
+    stops = [
+        next((t + 1 for t, i in enumerate(row) if i in ends), 32)
+        for row in free.tolist()
+    ]
+    np.testing.assert_array_equal(out.lengths, stops)
+    for row, n, unbound in zip(np.asarray(out.tokens), stops, free, strict=True):
+        np.testing.assert_array_equal(row[:n], unbound[:n])
+        assert (row[n:] == ends[0]).all()
+    blocks = stream(PARAMS, CONFIG, PROMPT, 32, eos_id=kind(ends), block=5)
+    np.testing.assert_array_equal(np.concatenate(list(blocks), 1), out.tokens)
+    again = generate(
+        PARAMS, CONFIG, out.tokens[:, -1:], 4, eos_id=ends, cache=out.cache
+    )
+    ended = np.asarray([n < 32 for n in stops])
+    np.testing.assert_array_equal(np.asarray(again.lengths)[ended], 0)
+
+
 def test_the_cache_of_an_ended_row_has_read_all_but_its_end():
     free = np.asarray(generate(PARAMS, CONFIG, PROMPT, 32).tokens)
     eos = int(free[1, 6])
@@ -326,6 +349,7 @@ def test_consecutive_draws_are_independent_and_have_the_promised_frequencies(
         (dict(lengths=np.asarray([4, 5, 6], np.int16)), 0),
         (dict(params=PARAMS | {"layers": list(PARAMS["layers"])}), 0),
         (dict(eos_id=np.int64(3)), 0),
+        (dict(eos_id=[7]), 0),
         (dict(max_new_tokens=200), 1),  # another program: the count can see one
     ],
 )
@@ -576,6 +600,9 @@ def test_generate_can_be_compiled_for_a_chip():
         (dict(temperature=1.0, key=KEY, top_k=0), r"top_k: 0 is outside 1\.\.61"),
         (dict(temperature=1.0, key=KEY, top_p=0.0), r"top_p: 0\.0; it must be above 0"),
         (dict(temperature=1.0, key=KEY, top_p=1.1), r"top_p: 1\.1"),
+        (dict(eos_id=[3, 61]), r"eos_id: 61 is outside 0\.\.60"),
+        (dict(eos_id=[]), "eos_id: "),
+        (dict(eos_id=[[3]]), r"eos_id: shape \(1, 1\); it must be \(n\)"),
         (dict(eos_id=61), r"eos_id: 61 is outside 0\.\.60"),
         (dict(eos_id=-1), "eos_id: -1 is outside"),
         (dict(cache=init_cache(CONFIG, 2)), "cache: .* this model and batch need"),

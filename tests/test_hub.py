@@ -133,6 +133,50 @@ def test_what_the_hub_does_not_have_is_named(hub, source, revision, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("how", ["offline mode", "no server"])
+def test_with_only_the_config_in_the_cache_the_missing_file_is_named(
+    hub, monkeypatch, how
+):
+    load_tokenizer("org/model")  # which needs config.json alone
+    assert downloads(hub) == [("config.json", None)]
+    if how == "offline mode":
+        monkeypatch.setattr(client, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(client, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"org/model.*model\.safetensors") as caught:
+        load("org/model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("code", ["GatedRepo", "RepoNotFound", None])
+def test_what_a_token_has_no_access_to_is_named(hub, status, code):
+    hub.refusal = status, code
+    for read in (load, load_tokenizer):
+        with pytest.raises(OSError, match=f"'org/gated': .*{status}.*token") as caught:
+            read("org/gated")
+        assert "\n" not in str(caught.value)
+
+
+def test_shards_of_pytorch_come_with_their_index(hub, revisions):
+    torch = pytest.importorskip("torch")
+    import io
+
+    from safetensors.numpy import load as parse
+
+    tensors = parse(revisions["main"][WEIGHTS])
+    files = {"config.json": revisions["main"]["config.json"]}
+    index = {}
+    for i, part in enumerate((sorted(tensors)[:5], sorted(tensors)[5:]), 1):
+        file, data = f"pytorch_model-{i:05}-of-00002.bin", io.BytesIO()
+        torch.save({name: torch.tensor(tensors[name]) for name in part}, data)
+        files[file] = data.getvalue()
+        index |= dict.fromkeys(part, file)
+    files["pytorch_model.bin.index.json"] = json.dumps({"weight_map": index}).encode()
+    hub.repositories["org/bins"] = {"main": files}
+    assert seed_of(load("org/bins")[0]) == 0
+
+
 def test_a_connection_cut_halfway_is_resumed(hub, revisions, monkeypatch):
     """The client keeps whole blocks of 10 MB; the model of this test has 67 kB."""
     monkeypatch.setattr(client, "DOWNLOAD_CHUNK_SIZE", 1000)

@@ -4,8 +4,10 @@ transformers, SGLang and state-spaces/mamba are on GitHub; the number is the iss
 pull request there.
 """
 
+import dataclasses
 import itertools
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssdlib import Mamba2Config, decode_step, forward, init_params, prefill
+from ssdlib import Mamba2Config, decode_step, forward, generate, init_params, prefill
 
 CONFIG = Mamba2Config.tiny()  # chunks of 8, convolution over 4 tokens
 Q, T = CONFIG.chunk_size, 27
@@ -91,6 +93,21 @@ def test_mamba_783_padding_to_a_fixed_shape_changes_no_real_token(junk, n):
     assert oracle.error(forward(PARAMS, CONFIG, padded)[:, :n], LOGITS[:, :n]) <= 1e-5
     with_lengths = forward(PARAMS, CONFIG, padded, lengths)
     assert oracle.error(with_lengths[:, :n], LOGITS[:, :n]) <= 1e-5
+
+
+def test_a_padding_token_whose_embedding_is_nan_changes_nothing():
+    """The padding id may be a row that training never touched."""
+    pad, n = CONFIG.vocab_size - 1, np.asarray([5, 9, 0])
+    real = np.arange(T) < n[:, None]
+    padded = np.where(real, np.where(TOKENS == pad, 1, TOKENS), pad)
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    good = PARAMS | {"head": PARAMS["embedding"].at[pad].set(0)}
+    bad = good | {"embedding": PARAMS["embedding"].at[pad].set(jnp.nan)}
+    how = dict(lengths=n)
+    for run in (forward, prefill, partial(generate, max_new_tokens=4, eos_id=3)):
+        got, want = run(bad, config, padded, **how), run(good, config, padded, **how)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert (want.tokens != pad).all()
 
 
 def test_transformers_48978_no_array_of_all_positions_heads_and_states():

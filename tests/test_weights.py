@@ -172,7 +172,10 @@ def test_without_torch_the_error_says_what_to_do(folder, monkeypatch):
         (dict(ssm_cfg={"layer": "Mamba2", "rmsnorm": False}), "rmsnorm is False"),
         (dict(ssm_cfg={"layer": "Mamba2", "headdim": 7}), "headdim is 7; it must div"),
         (dict(ssm_cfg=[]), "ssm_cfg is ..; it must be an object"),
-        (dict(attn_layer_idx=[3]), r"attn_layer_idx is \[3\]; it must be \[\]"),
+        (
+            dict(attn_layer_idx=[3]),
+            r"attn_layer_idx is \[3\]: these layers are attention",
+        ),
         (dict(n_layer=None), "n_layers: None; it must be a positive integer"),
         (dict(vocab_size="57"), "vocab_size is '57'"),
         (dict(pad_vocab_size_multiple=0), "pad_vocab_size_multiple is 0"),
@@ -288,7 +291,7 @@ def test_broken_json_and_missing_files_are_named(folder, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load(folder)
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "notes.txt")
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         load(folder)
     with pytest.raises(FileNotFoundError, match="is no folder, no file and no hub id"):

@@ -21,9 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import (
-    as_int32,
     check_integers,
-    check_range,
     check_size,
     check_tokens,
 )
@@ -61,8 +59,8 @@ def forward(
 ) -> Float[Array, "b T V"]:
     """Logits after every token. O(T²) work, and scores of H T² numbers per row."""
     check_model(params, config)
-    check_tokens(tokens, config.vocab_size)
-    return _forward(params, config, as_int32(tokens)[0])
+    tokens, _ = check_tokens(tokens, config.vocab_size)
+    return _forward(params, config, tokens)
 
 
 def prefill(
@@ -79,9 +77,9 @@ def prefill(
     many tokens give NaN.
     """
     check_model(params, config)
-    check_tokens(tokens, config.vocab_size)
+    tokens, _ = check_tokens(tokens, config.vocab_size)
     check_cache(config, cache, *tokens.shape)
-    return _prefill(params, config, as_int32(tokens)[0], cache)
+    return _prefill(params, config, tokens, cache)
 
 
 def decode_step(
@@ -92,10 +90,9 @@ def decode_step(
     About 2 FLOPs per parameter, and 4 H P capacity per layer. Errors as in `prefill`.
     """
     check_model(params, config)
-    check_integers("token", token, ("b",))
-    check_range("token", token, 0, config.vocab_size - 1)
+    token = check_integers("token", token, ("b",), 0, config.vocab_size - 1)
     check_cache(config, cache, len(token), 1)
-    return _prefill(params, config, as_int32(token)[0][:, None], cache)
+    return _prefill(params, config, token[:, None], cache)
 
 
 def generate(
@@ -135,7 +132,7 @@ def stream(
 def _start(params, config, prompt, n, cache, limits):
     """Check the arguments; make a cache for the program to consume, or copy it."""
     check_model(params, config)
-    check_tokens(prompt, config.vocab_size, name="prompt")
+    prompt, _ = check_tokens(prompt, config.vocab_size, name="prompt")
     check_size("max_new_tokens", n)
     options = check_options(config.vocab_size, **limits)
     (b, T), goes_on = prompt.shape, cache is not None
@@ -144,7 +141,6 @@ def _start(params, config, prompt, n, cache, limits):
         cache = jax.tree.map(jnp.copy, cache)
     else:
         cache = init_cache(config, b, T + n, params["embedding"].dtype)
-    (prompt,) = as_int32(prompt)
     return Start(prompt, None, cache, False, goes_on), options
 
 

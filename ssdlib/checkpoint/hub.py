@@ -7,6 +7,7 @@ mode (HF_HUB_OFFLINE=1) and its mirrors (HF_ENDPOINT) work here as everywhere.
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 from ssdlib._checks import check_is
@@ -16,34 +17,67 @@ __all__ = ["fetch", "read_json", "resolve", "weight_files"]
 TINY = Path(__file__).parent.parent / "tiny"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
+SUFFIXES = ".safetensors", ".bin", ".pt", ".pth", ".ckpt"  # all but the first: torch's
 
 
 def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list[Path]]:
     """(folder, weight files) of "tiny", a folder, a weight file or a hub id.
 
-    Safetensors come first: one file, or the shards that an index names. Without them,
-    `pytorch_model.bin` is taken; torch is looked for before it is downloaded. Raises
-    OSError for what cannot be found, ImportError without torch, ValueError for a
-    broken index.
+    Safetensors come first, then what torch writes: one file, the shards that an index
+    names, or shards that are all there. torch is looked for before its files are
+    downloaded. Raises OSError for what cannot be found, ImportError without torch,
+    ValueError for a broken index.
     """
     check_is("source", source, str, os.PathLike)
     check_is("revision", revision, str, type(None))
-    if Path(source).suffix in (".safetensors", ".bin") and Path(source).is_file():
-        return Path(source).parent, [Path(source)]
+    path = Path(source)
+    if path.suffix in SUFFIXES and path.is_file():
+        return path.parent, [path]
     folder = fetch(source, ["config.json", INDEX, "model*.safetensors"], revision)
-    if (folder / INDEX).exists():
-        files = [folder / name for name in _shards(folder / INDEX)]
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    elif (folder / BIN).exists() or not Path(source).exists():
-        check_torch(folder.name if Path(source).exists() else str(source))
-        files = [fetch(source, [BIN], revision) / BIN]
+    name = title(folder)
+    if files := _weights(folder, "model.safetensors"):
+        return folder, files
+    if not path.exists():
+        check_torch(name)
+        fetch(source, [BIN, f"{BIN}.index.json", "pytorch_model-*.bin"], revision)
+    if files := _weights(folder, BIN):
+        check_torch(name)
+        return folder, files
+    others = sorted(p.name for p in folder.glob("*.*") if p.suffix in SUFFIXES)
+    if others:
+        what = f"load one of its files by its own path: {', '.join(others[:3])}"
+    elif path.exists():
+        what = "save the weights under one of these names"
     else:
-        raise FileNotFoundError(f"{folder.name}: no model.safetensors")
+        what = "if only a part of it was downloaded, load it with a network once"
+    raise FileNotFoundError(f"{name}: no model.safetensors and no {BIN}; {what}")
+
+
+def _weights(folder: Path, name: str) -> list[Path]:
+    """The file of that name, or its shards; none if there is neither."""
+    stem, suffix = name.split(".")
+    shard = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{suffix}")
+    if (folder / f"{name}.index.json").exists():
+        files = [folder / shard for shard in _shards(folder / f"{name}.index.json")]
+    elif (folder / name).exists():
+        files = [folder / name]
+    elif last := max(filter(shard.fullmatch, os.listdir(folder)), default=""):
+        n = shard.fullmatch(last)[1]
+        names = (f"{stem}-{i:05}-of-{n}.{suffix}" for i in range(1, int(n) + 1))
+        files = [folder / shard for shard in names]
+    else:
+        return []
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{folder.name}: no {file.name}")
-    return folder, files
+            raise FileNotFoundError(f"{title(folder)}: no {file.name}")
+    return files
+
+
+def title(folder: Path) -> str:
+    """What to call a folder: the hub id whose copy it is, or its own name."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name or str(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -62,9 +96,13 @@ def fetch(source: str | Path, patterns: list[str], revision: str | None = None) 
     """
     if source == "tiny":
         return TINY
-    if Path(source).exists():
-        return Path(source) if Path(source).is_dir() else Path(source).parent
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    path, shaped = Path(source), re.fullmatch(r"[^./~][^/]*/[^/]+", str(source))
+    if path.is_dir() and str(source) and not any(path.iterdir()):
+        hides = "; it hides the repository of that name on the hub" if shaped else ""
+        raise FileNotFoundError(f"source: the folder {str(source)!r} is empty{hides}")
+    if path.exists() and str(source):
+        return path if path.is_dir() else path.parent
+    if not shaped:
         raise FileNotFoundError(
             f"source: {str(source)!r} is no folder, no file and no hub id (owner/name)"
         )
@@ -85,6 +123,8 @@ def fetch(source: str | Path, patterns: list[str], revision: str | None = None) 
         )
         kind = FileNotFoundError if isinstance(error, absent) else OSError
         reason = lines[0] if lines else type(error).__name__
+        if re.search(r"\b40[13] ", reason):
+            reason += "; what is private or gated needs access and a token (HF_TOKEN)"
         raise kind(f"source: cannot download {str(source)!r}: {reason}") from error
     return Path(folder)
 
@@ -124,9 +164,10 @@ def _shards(path: Path) -> list[str]:
     """The files that an index names: each must lie beside it."""
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{INDEX}: no weight_map")
+        raise ValueError(f"{path.name}: no weight_map")
     names = sorted({str(name) for name in names.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{INDEX}: {name!r} is not a file name in this folder")
+        suffix = ".bin" if path.name.startswith(BIN) else ".safetensors"
+        if Path(name).name != name or not name.endswith(suffix):
+            raise ValueError(f"{path.name}: {name!r} is not a file name in this folder")
     return names

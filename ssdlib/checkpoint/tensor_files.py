@@ -7,6 +7,7 @@ Source: the format at github.com/huggingface/safetensors, README.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,17 @@ from ssdlib.checkpoint.hub import check_torch, unique
 
 __all__ = ["headers"]
 
+WRAPPED = re.compile(r"^((module|model|_orig_mod|_forward_module)\.)+")  # in a name
+NESTED = "state_dict", "model_state_dict", "model", "module"  # in a file of training
+
 
 def headers(files: list[Path]) -> dict[str, tuple[str, tuple, Callable]]:
     """Tensor name -> (file, shape, function that reads it); no weight is read yet."""
     stored: dict = {}
     for file in files:
-        tensors = _bin if file.suffix == ".bin" else _safetensors
+        tensors = _safetensors if file.suffix == ".safetensors" else _torch
         for name, shape, read in tensors(file):
+            name = WRAPPED.sub("", name)
             # The one name in which the two layouts differ.
             name = name.replace("backbone.embedding.", "backbone.embeddings.")
             if name in stored:
@@ -61,7 +66,7 @@ def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
         return f.get_slice(name)[index] if index else f.get_tensor(name)
 
 
-def _bin(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
+def _torch(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
     check_torch(path.name)
     import torch
 
@@ -70,16 +75,27 @@ def _bin(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
     except Exception as error:  # pickle, zip, EOF and RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{path.name}: torch cannot read it as plain weights ({reason})"
+            f"{path.name}: torch cannot read it as plain weights ({reason}); save "
+            "model.state_dict() alone, best as safetensors"
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path.name}: holds no dictionary of tensors")
+    for key in NESTED:
+        if isinstance(state.get(key), dict):
+            state = state[key]
     for name, tensor in list(state.items()):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{path.name}: {name!r} is no floating point tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.itemsize < 2:
+            kind = "without values" if tensor.is_meta else tensor.dtype
+            kind = kind if tensor.layout == torch.strided else tensor.layout
+            raise ValueError(
+                f"{path.name}: tensor {name!r} is {kind}; it must be dense, of 16 bits "
+                "or more"
+            )
         yield str(name), tuple(tensor.shape), partial(_take, state, name)
 
 
 def _take(state: dict, name: str) -> np.ndarray:
-    tensor = state.pop(name)  # its memory is then free again; mmap would keep it
+    tensor = state.pop(name).detach()  # its memory is then free; mmap would keep it
     return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()

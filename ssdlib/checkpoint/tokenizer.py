@@ -1,11 +1,15 @@
 """Text to token ids and back: the repository's tokenizer, or plain bytes."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from reprlib import repr  # of what a file may hold: one line, cut where it is long
 
 from ssdlib.checkpoint.config_json import load_config
-from ssdlib.checkpoint.hub import fetch
+from ssdlib.checkpoint.hub import fetch, read_json
 
-__all__ = ["ByteTokenizer", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "added_text", "end_ids", "load_tokenizer"]
+
+KEPT = 1024  # tokens of the past that may matter for the text of the next
 
 
 class ByteTokenizer:
@@ -23,7 +27,12 @@ class ByteTokenizer:
 
 
 class _HubTokenizer:
-    """A `tokenizer.json`, read by the `tokenizers` package."""
+    """A `tokenizer.json`, read by the `tokenizers` package.
+
+    Whether to cut or to fill up what is encoded is stored there too, as training left
+    it; neither is done here. Special tokens, such as a start, are not part of a text:
+    `encode` adds those that the file asks for, `decode` leaves all of them out.
+    """
 
     def __init__(self, path: Path):
         try:
@@ -37,14 +46,68 @@ class _HubTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # its parser raises plain exceptions
             raise ValueError(f"{path.name}: not a tokenizer ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         ends = map(self._tokenizer.token_to_id, ("<|endoftext|>", "</s>"))
         self.eos_id = next((i for i in ends if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        """The ids of all of text. Raises ValueError if a part of it has none."""
+        encoding = self._tokenizer.encode(text)
+        covered = bytearray(len(text))
+        for start, end in encoding.offsets:
+            covered[start:end] = b"x" * (end - start)
+        seen = zip(text, covered, strict=False)
+        if lost := sum(not (read or letter.isspace()) for letter, read in seen):
+            raise ValueError(
+                f"text: the tokenizer leaves out {lost} of its {len(text)} characters"
+            )
+        return encoding.ids
 
     def decode(self, ids) -> str:
+        """The text of these ids."""
         return self._tokenizer.decode([int(i) for i in ids])
+
+
+def added_text(tokenizer, prompt: list[int], parts: Iterable[list]) -> Iterator[str]:
+    """The text that parts of a continuation add to that of the prompt, one by one.
+
+    Some decoders strip the first space of what they are given, or join what they get
+    with what came before, so this is the difference of two texts that both begin with
+    the prompt. A character that a part leaves unfinished waits for the next part; after
+    the last it comes as U+FFFD.
+    """
+    past, new, shown, text = list(prompt), [], 0, ""
+    for part in parts:
+        past, new = past[-KEPT:], new + list(part)
+        text = tokenizer.decode(past + new)[len(tokenizer.decode(past)) :]
+        ready = text.rstrip("\ufffd")
+        yield ready[shown:]
+        shown = max(shown, len(ready))
+        if ready == text:
+            past, new, shown, text = past + new, [], 0, ""
+    yield text[shown:]
+
+
+def end_ids(source, tokenizer, vocab_size: int, revision: str | None = None) -> list:
+    """The ids that end a text: of generation_config.json, config.json or tokenizer.
+
+    The first that names any decides. An id outside the vocabulary cannot be made and
+    counts as none. Raises ValueError for what is no id.
+    """
+    folder = fetch(source, ["config.json", "generation_config.json"], revision)
+    for name in ("generation_config.json", "config.json"):
+        raw = read_json(folder / name) if (folder / name).exists() else {}
+        ids = raw.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in ids):
+            raise ValueError(
+                f"{name}: eos_token_id is {repr(raw['eos_token_id'])}; it must be an "
+                "integer or a list of integers"
+            )
+        if ids := [i for i in ids if 0 <= i < vocab_size]:
+            return ids
+    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
 
 def load_tokenizer(

@@ -13,16 +13,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import ssdlib
-from ssdlib import Mamba2Config, load, stream
-from ssdlib.checkpoint.tokenizer import load_tokenizer
+from ssdlib import Mamba2Config, load, prefill, stream
+from ssdlib._checks import check_size
+from ssdlib.checkpoint.tokenizer import added_text, end_ids, load_tokenizer
 from ssdlib.compiler.chips import CHIPS
 from ssdlib.compiler.targets import attached
 from ssdlib.compiler.view import count
 from ssdlib.evaluate import evaluate as score
+from ssdlib.generate import LONGEST
 from ssdlib.measure import bench as benchmark
 from ssdlib.measure import record, roofline
+from ssdlib.model import pieces
 
 
 def announce(what: str) -> None:
@@ -34,7 +38,7 @@ def announce(what: str) -> None:
 def load_model(args) -> tuple:
     """(params, config, tokenizer) of the model that args name."""
     announce(f"loading {args.model}")
-    if args.tokenizer:
+    if args.tokenizer is not None:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = load_tokenizer(args.model, args.revision)
@@ -42,49 +46,90 @@ def load_model(args) -> tuple:
     return *load(args.model, dtype, args.revision), tokenizer
 
 
+def read_text(name: str, path: str) -> str:
+    """The text of a file in UTF-8, as it is; of standard input for "-"."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: {path} is not UTF-8 ({error})") from error
+
+
 def generate(args) -> None:
     """Stream a continuation of args.prompt."""
-    if not args.prompt:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise ValueError(
+            "prompt: give either a text, or - to read it, or --prompt-file"
+        )
+    if not 0 <= args.seed < 2**32:  # JAX would take it modulo 2**32
+        raise ValueError(f"seed: {args.seed}; it must be at least 0, below 2**32")
+    prompt = args.prompt
+    if prompt in (None, "-"):
+        prompt = read_text("prompt", args.prompt_file or "-")
+    if not prompt:
         raise ValueError("prompt: it is empty; give at least one character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # a shell passes on any bytes
+        raise ValueError(f"prompt: it is not UTF-8 ({error})") from error
     params, config, tokenizer = load_model(args)
-    prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
+    ends = end_ids(args.model, tokenizer, config.vocab_size, args.revision)
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("prompt: the tokenizer makes no token of it")
     announce(f"compiling for {jax.devices()[0].device_kind}")
     start = time.perf_counter()
+    rest, cache = read_ahead(params, config, ids)
     blocks = stream(
         params,
         config,
-        prompt,
+        np.asarray([rest]),
         args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        eos_id=tokenizer.eos_id,
+        eos_id=ends or None,
         key=jax.random.key(args.seed),
+        cache=cache,
     )
-    print(args.prompt, end="", flush=True)
-    ids, shown, first = [], 0, None
-    for block in blocks:
-        ids += [int(i) for i in block[0]]
-        if tokenizer.eos_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_id)]
-        text = tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
-        print(text[shown:], end="", flush=True)
-        shown = max(shown, len(text))
-        first = first or (len(ids), time.perf_counter())
+    print(prompt, end="", flush=True)
+    counts: list[tuple] = []  # tokens of a block, and when it came
+
+    def parts():
+        for block in blocks:
+            part = [int(i) for i in block[0]]
+            end = next((n for n, i in enumerate(part) if i in ends), len(part))
+            counts.append((end, time.perf_counter()))
+            yield part[:end]
+
+    for text in added_text(tokenizer, ids, parts()):
+        print(text, end="", flush=True)
     print()
-    (n_first, t_first), t_last = first, time.perf_counter()
-    line = f"{len(ids)} tokens; first {n_first} after {t_first - start:.1f} s"
-    if len(ids) > n_first:
-        line += f", then {(len(ids) - n_first) / (t_last - t_first):.0f} tokens/s"
+    (n_first, t_first), n = counts[0], sum(n for n, _ in counts)
+    line = f"{n} tokens; first {n_first} after {t_first - start:.1f} s"
+    if n > n_first:
+        line += f", then {(n - n_first) / (time.perf_counter() - t_first):.0f} tokens/s"
     print(f"{line} on {jax.devices()[0].device_kind}", file=sys.stderr)
+
+
+def read_ahead(params, config, ids: list[int]) -> tuple:
+    """(tokens that are left to read, the cache after those before): shows its progress.
+
+    Two tokens or more are left, as one that ends a text would say that it has ended.
+    """
+    n, cache = max(0, len(ids) - 2) // LONGEST * LONGEST, None
+    bar = dict(unit=" tokens", delay=2, leave=False, disable=None)
+    with tqdm(total=n, **bar) as progress:
+        for part, _ in pieces(np.asarray([ids[:n]]), None, LONGEST) if n else ():
+            logits, cache = prefill(params, config, part, cache)
+            logits.block_until_ready()
+            progress.update(LONGEST)
+    return ids[n:], cache
 
 
 def evaluate(args) -> None:
     """Print tokens, loss, perplexity and bits per byte of args.text."""
-    try:
-        text = Path(args.text).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text: {args.text} is not UTF-8 ({error})") from error
+    text = read_text("text", args.text)
     params, config, tokenizer = load_model(args)
     ids = tokenizer.encode(text)
     if len(ids) < 2:
@@ -103,8 +148,7 @@ def evaluate(args) -> None:
 def inspect(args) -> None:
     """Print the table of kernels of args.preset on args.target, and its totals."""
     for name in ("batch", "tokens", "rows"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}: {getattr(args, name)}; it must be at least 1")
+        check_size(name, getattr(args, name))
     config = Mamba2Config.preset(args.preset)
     program = compile_preset(args, config)
     print(program.show(args.rows, args.by))

@@ -165,8 +165,9 @@ def save(record: dict, folder: str | Path | None = None) -> Path:
     stamp = re.sub(r"[-:]|T(?=\d)", lambda m: "-" * (m[0] == "T"), record["date"])
     names = record["device"]["name"], record["model"]["name"], record["dtype"]
     path = writable(folder) / f"{'-'.join(names)}-{stamp.rstrip('Z')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+    part = path.with_suffix(".part")  # an interrupt leaves no half of a record
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    return part.replace(path)
 
 
 def table(record: dict) -> Table:

@@ -18,10 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import (
-    as_int32,
     check_integers,
     check_is,
-    check_range,
     check_size,
     check_tokens,
     is_traced,
@@ -64,14 +62,13 @@ def prefill(
     ValueError as `ssdlib.prefill` does, and if `data` does not divide b.
     """
     check_is("config", config, Mamba2Config)
-    check_tokens(tokens, config.vocab_size, lengths)
+    tokens, lengths = check_tokens(tokens, config.vocab_size, lengths)
     check_batch(mesh, len(tokens))
     check_params(params, config, mesh)
     (b, T), seq = tokens.shape, mesh.shape["seq"]
     if cache is None:
         cache = init_cache(config, mesh, b, params["embedding"].dtype)
     check_cache(config, mesh, cache, b)
-    tokens, lengths = as_int32(tokens, lengths)
     if lengths is None:
         lengths = np.full(b, T, np.int32)
     pad = jnp.pad if is_traced(tokens) else np.pad
@@ -91,12 +88,10 @@ def decode_step(
     Sends one sum of b d_model numbers a layer and device, whatever was read before.
     """
     check_is("config", config, Mamba2Config)
-    check_integers("token", token, ("b",))
-    check_range("token", token, 0, config.vocab_size - 1)
+    token = check_integers("token", token, ("b",), 0, config.vocab_size - 1)
     check_batch(mesh, len(token))
     check_params(params, config, mesh)
     check_cache(config, mesh, cache, len(token))
-    (token,) = as_int32(token)
     return _run(params, config, mesh, token[:, None], cache, None, False)
 
 
