@@ -50,7 +50,7 @@ def load(
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
-    dtype = _available(dtype)
+    dtype = available(dtype)
     config, stored, want = _open(source, revision)
     return _read(config, stored, want, dtype), config
 
@@ -64,7 +64,7 @@ def open_slices(
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
     """
-    dtype = _available(dtype)
+    dtype = available(dtype)
     config, stored, want = _open(source, revision)
     out = {}
     for name, (place, shape) in want.items():
@@ -78,7 +78,7 @@ def open_slices(
     return config, out
 
 
-def _available(dtype) -> jnp.dtype:
+def available(dtype) -> jnp.dtype:
     """The dtype, which JAX must have: it makes float32 of float64 unless told."""
     dtype = floating(dtype)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
