@@ -20,6 +20,7 @@ from ssdlib.compiler.chips import CHIPS
 from ssdlib.compiler.targets import attached
 from ssdlib.compiler.view import count
 from ssdlib.evaluate import evaluate as score
+from ssdlib.generate import LONGEST
 from ssdlib.measure import bench as benchmark
 from ssdlib.measure import record, roofline
 
@@ -47,8 +48,15 @@ def generate(args) -> None:
         raise ValueError("prompt: it is empty; give at least one character")
     params, config, tokenizer = load_model(args)
     prompt = np.asarray([tokenizer.encode(args.prompt)], np.int32)
+    cache = args.load_state and ssdlib.load_cache(args.load_state, config, params)
     announce(f"compiling for {jax.devices()[0].device_kind}")
     start = time.perf_counter()
+    if args.save_state:
+        real = np.asarray([prompt.shape[1] - 1])  # `stream` reads the last one again
+        _, cache = ssdlib.prefill(params, config, prompt, cache, real, LONGEST)
+        prompt = prompt[:, -1:]
+        _, read = ssdlib.prefill(params, config, prompt, cache)
+        ssdlib.save_cache(args.save_state, read, config, params)
     blocks = stream(
         params,
         config,
@@ -59,6 +67,7 @@ def generate(args) -> None:
         top_p=args.top_p,
         eos_id=tokenizer.eos_id,
         key=jax.random.key(args.seed),
+        cache=cache,
     )
     print(args.prompt, end="", flush=True)
     ids, shown, first = [], 0, None

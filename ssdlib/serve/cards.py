@@ -48,17 +48,17 @@ def save_cache(
     are stored as they are, from one device or many. A file of that name is replaced
     once the new one is whole: who reads it meanwhile gets one of the two.
 
-    Raises ValueError for a cache of another model, and for one whose convolution is
-    split by heads over a mesh: `scale.parallel.gather_cache` first.
+    Raises ValueError for a cache of another model, and for one whose channels are split
+    over devices, as they may lie in another order there (`scale.parallel`).
     """
     check_is("path", path, str, os.PathLike)
     check_is("config", config, Mamba2Config)
     check_is("cache", cache, Cache)
     check_cache(config, cache, *(np.shape(cache.length)[:1] or [1]))
-    if _by_heads(cache.conv):
+    if _split(cache.conv):
         raise ValueError(
-            "cache: conv is split over a mesh by heads; it must be in the order of one "
-            "device, as scale.parallel.gather_cache makes it"
+            "cache: the channels of conv are split over devices; it must be whole: from "
+            "scale.parallel.gather_cache if scale.parallel made it, else jax.device_get"
         )
     tensors = {name: np.asarray(v) for name, v in _named(cache).items()}
     whose = {"config": json.dumps(_model(config)), "format": FORMAT}
@@ -164,7 +164,7 @@ def _named(cache) -> dict:
     return {"conv": cache.conv, "length": cache.length} | h
 
 
-def _by_heads(conv) -> bool:
+def _split(conv) -> bool:
     """Whether an array's last axis is split over devices."""
     sharding = getattr(conv, "sharding", None)
     return sharding is not None and sharding.shard_shape(conv.shape)[3] < conv.shape[3]
