@@ -141,7 +141,7 @@ def test_eight_devices_read_a_card_of_one_and_one_reads_theirs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert "the channels of conv are split over devices" in result["refused"]
+    assert "channels of conv are split over devices" in result["refused"]
     want_logits, want = prefill(params, config, tokens[:, ::-1], cache)
     for name in ("by rows", "by heads", "shared groups"):
         back = load_cache(tmp_path / name, config)

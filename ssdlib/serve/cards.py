@@ -57,7 +57,7 @@ def save_cache(
     check_cache(config, cache, *(np.shape(cache.length)[:1] or [1]))
     if _split(cache.conv):
         raise ValueError(
-            "cache: the channels of conv are split over devices; it must be whole: from "
+            "cache: channels of conv are split over devices; they must be whole, from "
             "scale.parallel.gather_cache if scale.parallel made it, else jax.device_get"
         )
     tensors = {name: np.asarray(v) for name, v in _named(cache).items()}
