@@ -276,7 +276,9 @@ def test_the_file_has_the_same_size_after_any_text(tmp_path):
 def test_the_command_line_reads_a_document_once(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     document, question = "The with statement ", "is used to "
-    options = ["--max-new-tokens", "40", "--seed", "3"]
+    bytes_model = Mamba2Config.tiny(vocab_size=256, n_layers=1)
+    ssdlib.save("model", init_params(bytes_model, jax.random.key(0)), bytes_model)
+    options = ["--max-new-tokens", "40", "--seed", "3", "--model", "model"]
     assert main(["generate", document + question, *options]) == 0
     want = capsys.readouterr().out
     assert main(["generate", document, *options, "--save-state", "a.card"]) == 0
@@ -291,7 +293,7 @@ def test_the_command_line_reads_a_document_once(capsys, tmp_path, monkeypatch):
     capsys.readouterr()
     assert main(["generate", question[4:], *options, "--load-state", "b.card"]) == 0
     assert document + question[:4] + capsys.readouterr().out == want
-    assert main(["generate", "x", "--load-state", "none"]) == 2
+    assert main(["generate", "x", "--model", "model", "--load-state", "none"]) == 2
     assert capsys.readouterr().err == "error: path: no file none\n"
 
 

@@ -201,6 +201,7 @@ def scatter_cache(cache: Cache, config: Mamba2Config, mesh: Mesh) -> Cache:
     Raises ValueError for another model, or if the mesh does not fit it or the batch.
     """
     check_is("cache", cache, Cache)
+    check_is("config", config, Mamba2Config)
     check_one_device(config, cache, *(jnp.shape(cache.length)[:1] or [1]))
     check_batch(mesh, len(cache.length))
     moved = replace(cache, conv=np.asarray(cache.conv)[..., _channels(config, mesh)])

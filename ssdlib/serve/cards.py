@@ -142,6 +142,7 @@ def rewind(
     check_integers("position", position, ())
     check_range("position", position, 0, tokens.shape[1])
     best, read = init_cache(config, len(tokens), params["embedding"].dtype), 0
+    check_is("caches", caches, list, tuple)
     for cache in caches:
         check_cache(config, cache, len(tokens))
         least, most = int(cache.length.min()), int(cache.length.max())

@@ -151,6 +151,8 @@ def speculate(
     options = check_options(config.vocab_size, temperature, top_k, top_p, eos_id, key)
     draft = Lookup() if draft is None else draft
     check_is("draft", draft, Lookup, ModelDraft)
+    if draft_cache is not None:
+        check_is("draft_cache", draft_cache, Cache)
     other = draft.config.vocab_size if isinstance(draft, ModelDraft) else None
     if other not in (None, config.vocab_size):
         raise ValueError(
@@ -217,14 +219,7 @@ def _speculation(
             at = position[None] + ahead[:k, None]
             uses = jax.vmap(key_of, (0, None))(at, 2)
             chance = jax.vmap(jax.vmap(jax.random.uniform))(uses).T
-        p_x, q_x = (_pick(v[:, :k], proposed[..., None], 2)[..., 0] for v in (p, q))
-        kept = jnp.cumprod((chance * q_x < p_x).astype(jnp.int32), axis=1).sum(
-            1, dtype=jnp.int32
-        )
-        q = jnp.pad(q, [(0, 0), (0, 1), (0, 0)])  # behind the last, p itself
-        p, q = (_pick(v, kept[:, None, None], 1)[:, 0] for v in (p, q))
-        rest = jnp.maximum(p - q, 0)
-        rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
+        kept, rest = _kept(p, q, proposed, chance)
         text = text.at[row, end + kept].set(pick(rest, position + kept, 0))
 
         count, ended = jnp.minimum(kept + 1, n - (end - start)), False
@@ -251,6 +246,23 @@ def _speculation(
 
 
 _program = jax.jit(_speculation, static_argnames=("config", "size", "k"))
+
+
+def _kept(p, q, proposed, chance):
+    """(how many proposals are kept, the distribution of the token behind them).
+
+    The first x with chance q(x) >= p(x) is refused, and what q left of p takes its
+    place; behind the last proposal that is p itself.
+    """
+    k = proposed.shape[1]
+    p_x, q_x = (_pick(v[:, :k], proposed[..., None], 2)[..., 0] for v in (p, q))
+    right = (chance * q_x < p_x).astype(jnp.int32)
+    kept = jnp.cumprod(right, axis=1).sum(axis=1, dtype=jnp.int32)
+    q = jnp.pad(q, [(0, 0), (0, 1), (0, 0)])
+    p, q = (_pick(v, kept[:, None, None], 1)[:, 0] for v in (p, q))
+    rest = jnp.maximum(p - q, 0)
+    some = rest.sum(axis=-1, keepdims=True) > 0  # else p is q up to rounding
+    return kept, jnp.where(some, rest, p)
 
 
 def _window(text, start, width):
