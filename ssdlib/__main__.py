@@ -126,6 +126,8 @@ def add_generate(subparsers) -> None:
         help="draw from the smallest set of tokens with this probability",
     )
     p.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    p.add_argument("--save-state", metavar="FILE", help="keep what the prompt left")
+    p.add_argument("--load-state", metavar="FILE", help="go on from what one left")
     p.set_defaults(run=commands.generate)
 
 

@@ -18,7 +18,7 @@ from ssdlib._checks import check_is, check_size, floating
 from ssdlib.config import Mamba2Config
 from ssdlib.recurrence import accumulator
 
-__all__ = ["Cache", "init_cache"]
+__all__ = ["Cache", "fork", "init_cache"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,10 +61,38 @@ def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cach
     )
 
 
+def fork(cache: Cache, n: int) -> Cache:
+    """n copies of every row, side by side: n continuations of one past.
+
+    Row i becomes rows i n to i n + n - 1, and each goes on by itself; no text is read
+    again, and your cache stays valid. Raises ValueError unless cache is one and n is an
+    integer of at least 1.
+    """
+    check_is("cache", cache, Cache)
+    check_size("n", n)
+    return jax.tree.map(lambda v: jnp.repeat(v, n, axis=0), cache)
+
+
 def _shapes(config, b) -> tuple[tuple, tuple]:
     """Of conv, and of h in one layer."""
     conv = (b, config.n_layers, config.d_conv - 1, config.d_xBC)
     return conv, (b, config.n_heads, config.head_dim, config.d_state)
+
+
+def causal_conv(v, conv, weight, lengths):
+    """Depthwise convolution that starts from the conv state: (output, last inputs).
+
+    out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs, those before
+    the first token from the conv state. The last inputs are up to K, and end at each
+    row's last real token; of one token it is always that one.
+    """
+    T, K = v.shape[1], conv.shape[1]
+    window = jnp.concatenate([conv.astype(v.dtype), v], axis=1)
+    out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
+    if lengths is None or T == 1:
+        return out, window[:, max(T, K) :]
+    index = lengths[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
+    return out, jnp.take_along_axis(window, index[..., None], axis=1)
 
 
 def append_inputs(conv, new):

@@ -135,7 +135,7 @@ def _start(params, config, prompt, lengths, cache, limits):
     masked, prompt = lengths is not None, np.asarray(prompt)
     real = np.asarray(lengths) if masked else np.full(b, T)
     if goes_on:
-        real = _unless_ended(prompt, real, options.eos_id)
+        real = unless_ended(prompt, real, options.eos_id)
     earlier, last = np.maximum(real - 1, 0), np.maximum(real - 1, 0)[:, None]
     _, cache = prefill(params, config, prompt, cache, earlier, piece=LONGEST)
     prompt, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
@@ -178,10 +178,10 @@ def run(read: Callable, params, config, start: Start, n, options) -> Generation:
     traced = any(map(is_traced, jax.tree.leaves((params, start, options))))
     program = _inner_program if traced else _program
     made = program(read, params, config, *start, np.int32(n), bucket(n), options)
-    return made._replace(tokens=_first(made.tokens, n))
+    return made._replace(tokens=first_tokens(made.tokens, n))
 
 
-def _first(tokens, n):
+def first_tokens(tokens, n):
     """The first n tokens of each row; by the host, as a device compiles each n anew."""
     if is_traced(tokens) or not tokens.is_fully_addressable:
         return tokens[:, :n]
@@ -224,7 +224,7 @@ def _generation(
     b, eos_id = len(prompt), options.eos_id
     if eos_id is not None:
         real = jnp.full(b, prompt.shape[1], jnp.int32) if real is None else real
-        real = _unless_ended(prompt, real, eos_id) if goes_on else real
+        real = unless_ended(prompt, real, eos_id) if goes_on else real
     fill, masked = 0 if eos_id is None else eos_id[0], masked or eos_id is not None
     alive = real > 0 if masked else jnp.ones(b, bool)
     if options.key is not None:
@@ -268,7 +268,7 @@ _program = jax.jit(_generation, static_argnames=STATIC, donate_argnames="cache")
 _inner_program = jax.jit(_generation, static_argnames=STATIC)  # inside another program
 
 
-def _unless_ended(prompt, real, eos_id):
+def unless_ended(prompt, real, eos_id):
     """No real tokens for a row that goes on with eos_id alone, as it has ended."""
     if eos_id is None:
         return real

@@ -18,7 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_size, check_tokens, is_traced
-from ssdlib.cache import Cache, append_inputs, check_cache, init_cache
+from ssdlib.cache import (
+    Cache,
+    append_inputs,
+    causal_conv,
+    check_cache,
+    init_cache,
+)
 from ssdlib.config import Mamba2Config
 from ssdlib.params import Params, checked_params
 from ssdlib.platforms import (
@@ -123,9 +129,16 @@ def _forward(params, config, tokens, lengths):
     return logits
 
 
-def read_all(params, config, tokens, cache, lengths):
-    """`prefill` unchecked, with the logits after every token."""
-    r, cache = _backbone(params, config, tokens, cache, lengths)
+def read_all(params, config, tokens, cache, lengths, ahead=None):
+    """`prefill` unchecked, with the logits after every token.
+
+    With `ahead`: after a row's last real token, and after each of so many tokens to
+    its right. They are read by what is right of them, and not by the cache.
+    """
+    r, cache = _backbone(params, config, tokens, cache, lengths, ahead=ahead)
+    if ahead is not None:
+        at = lengths[:, None] - 1 + jnp.arange(ahead + 1, dtype=jnp.int32)[None]
+        r = jnp.take_along_axis(r, at[..., None], axis=1)
     return _head(params, config, r), cache
 
 
@@ -163,7 +176,9 @@ _prefill = jax.jit(read, static_argnames="config")
 # --- the model, from the outside in --------------------------------------------------
 
 
-def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE):
+def _backbone(
+    params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE, ahead=None
+):
     """Embed, then every block: (residual (b, T, d_model) in float32, cache).
 
     With `rows`, the residual has so many: zeros lie below the rows of the batch.
@@ -177,7 +192,7 @@ def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
             state = cache.conv[:, i], cache.h[i]
-            r, tail, h_i = _block(p, config, axes, r, *state, left)
+            r, tail, h_i = _block(p, config, axes, r, *state, left, ahead is not None)
         tails.append(tail)
         h.append(h_i)
     conv = append_inputs(cache.conv, tails)
@@ -187,13 +202,13 @@ def _backbone(params, config, tokens, cache, lengths, rows=None, axes=ONE_DEVICE
     return r, Cache(conv=conv, h=tuple(h), length=length)
 
 
-@partial(jax.jit, static_argnames=("config", "axes"))  # all layers share one trace
-def _block(p, config, axes, r, conv, h, left):
+@partial(jax.jit, static_argnames=("config", "axes", "ahead"))  # traced once
+def _block(p, config, axes, r, conv, h, left, ahead=False):
     """One block on r (b, T, d_model): (the next r, last inputs of conv, h).
 
     conv, h and p are this device's part, and say how many heads it has; `left` are the
     real tokens of a row from this device's first on. r may have more rows than h: the
-    matrices multiply them too, nothing else.
+    matrices multiply them too, nothing else. `ahead` also reads out what is not real.
     """
     (b, H, P, N), T, d = h.shape, r.shape[1], h.shape[1] * h.shape[2]
     G = (conv.shape[-1] - d) // (2 * N)
@@ -207,14 +222,16 @@ def _block(p, config, axes, r, conv, h, left):
 
     dt = _add_bias(dt[:b].astype(h.dtype), p["dt_bias"])
     dt = jnp.clip(jax.nn.softplus(dt), *config.time_step_limit)
+    every_dt, A, ssd = dt, -jnp.exp(p["A_log"]), axes.ssd_over_segments
     if left is not None:  # a token of dt = 0 neither decays nor writes the state
         dt = jnp.where(_real(left, T)[..., None], dt, 0)
-    A = -jnp.exp(p["A_log"])
 
     if T == 1:
         y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
     else:
-        y, h = axes.ssd_over_segments(config.chunk_size, x, dt, A, B, C, p["D"], h)
+        before, (y, h) = h, ssd(config.chunk_size, x, dt, A, B, C, p["D"], h)
+        if ahead:
+            y, _ = ssd(config.chunk_size, x, every_dt, A, B, C, p["D"], before)
 
     y = pad_rows(y.reshape(b, T, d), len(r)) * jax.nn.silu(z)
     y = axes.gated_norm(y, p["gate_norm"], config, b).astype(z.dtype)
@@ -252,26 +269,10 @@ def _xBC(p, parts, conv, real):
     out, tails, start = [], [], 0
     for v in parts:
         cut = slice(start, start := start + v.shape[-1])
-        v, tail = _causal_conv(v, conv[..., cut], p["conv"][cut], real)
+        v, tail = causal_conv(v, conv[..., cut], p["conv"][cut], real)
         out.append(jax.nn.silu(_add_bias(v, p.get("conv_bias"), cut)))
         tails.append(tail)
     return *out, jnp.concatenate(tails, axis=-1)
-
-
-def _causal_conv(v, conv, weight, lengths):
-    """Depthwise convolution that starts from the conv state: (output, last inputs).
-
-    out_t = Σ_k weight_k input_{t-K+k} over K = d_conv - 1 past inputs, those before
-    the first token from the conv state. The last inputs are up to K, and end at each
-    row's last real token; of one token it is always that one.
-    """
-    T, K = v.shape[1], conv.shape[1]
-    window = jnp.concatenate([conv.astype(v.dtype), v], axis=1)
-    out = sum(window[:, k : k + T] * weight[None, None, :, k] for k in range(K + 1))
-    if lengths is None or T == 1:
-        return out, window[:, max(T, K) :]
-    index = lengths[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
-    return out, jnp.take_along_axis(window, index[..., None], axis=1)
 
 
 def _head(params, config, r):

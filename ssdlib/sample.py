@@ -22,7 +22,7 @@ from ssdlib._checks import (
     is_traced,
 )
 
-__all__ = ["Options", "check_options", "sample"]
+__all__ = ["Options", "check_options", "probabilities", "sample"]
 
 TINY = np.finfo(np.float32).tiny
 
@@ -84,6 +84,23 @@ def sample(
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _adjusted(logits, temperature, top_k, top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def probabilities(logits: Float[Array, "... V"], options: Options) -> Array:
+    """How probable `sample` makes each token; 1 for the best without a temperature."""
+    V, flat = logits.shape[-1], logits.reshape(-1, logits.shape[-1])
+    if options.temperature is None:
+        p = jax.nn.one_hot(jnp.argmax(flat, axis=-1), V, dtype=jnp.float32)
+    else:
+        limits = options.temperature, options.top_k, options.top_p
+        p = jax.nn.softmax(_adjusted(flat, *limits))
+    return p.reshape(logits.shape)
+
+
+def _adjusted(logits, temperature, top_k, top_p):
+    """Logits of what is drawn: over the temperature, -inf for what is left out."""
     logits = logits.astype(jnp.float32)
     logits = logits - logits.max(axis=-1, keepdims=True)  # so that nothing overflows
     logits = logits / jnp.maximum(temperature, TINY)
@@ -92,7 +109,7 @@ def sample(
     if top_p is not None:
         p = jax.nn.softmax(logits)
         logits = _keep(logits, p, jnp.where(top_p < 1, top_p, jnp.inf))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return logits
 
 
 def _keep(logits, weights, enough):

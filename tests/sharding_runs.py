@@ -2,6 +2,7 @@
 
 sharding_runs.py eight                  on eight simulated devices
 sharding_runs.py two PORT RANK          one of two processes, a device each
+sharding_runs.py cards FOLDER           eight, that go on from a card and leave theirs
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from functools import partial
 from unittest import mock
 
-eight = sys.argv[1] == "eight"
+eight = sys.argv[1] != "two"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 if eight else 1}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -192,7 +193,37 @@ def _shard_error(got, want):
     return max(error(s.data, want[s.index]) for s in got.addressable_shards)
 
 
-if eight:
+def cards(folder):
+    """Read on from the card of one device in three layouts, and save each."""
+    config = Mamba2Config.tiny(n_heads=8)
+    params = ssdlib.init_params(config, jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (8, 13))[:, ::-1]
+    cache = ssdlib.load_cache(f"{folder}/one", config)
+    mesh = sharding.make_mesh(2, 1, 4)
+    spread = sharding.shard_as_is(params, mesh), config
+    cache_there = sharding.shard_as_is(cache, mesh)
+    logits, after = ssdlib.prefill(*spread, tokens, cache_there)
+    ssdlib.save_cache(f"{folder}/by rows", jax.device_get(after), config)
+    result = {"by rows": np.asarray(logits).tolist()}
+    for name, shape in {"by heads": (2, 1, 2), "shared groups": (1, 2, 4)}.items():
+        mesh = sharding.make_mesh(*shape)
+        there = sharding.shard_by_head(params, config, mesh), config, mesh
+        moved = parallel.scatter_cache(cache, config, mesh)
+        logits, after = parallel.prefill(*there, tokens, moved)
+        if name == "by heads":  # the shape is that of one device, the order is not
+            try:
+                ssdlib.save_cache(f"{folder}/wrong", after, config)
+            except ValueError as error:
+                result["refused"] = str(error)
+        back = parallel.gather_cache(after, config, mesh)
+        ssdlib.save_cache(f"{folder}/{name}", back, config)
+        result[name] = np.asarray(logits).tolist()
+    return result
+
+
+if sys.argv[1] == "cards":
+    result = cards(sys.argv[2])
+elif eight:
     result = {name: model(*case) for name, case in CASES.items()}
     regimes = ("weak decay", "published", "mixed decay")
     result["ssd"] = {name: segments(name) for name in regimes}

@@ -14,6 +14,7 @@ import ssdlib
 from ssdlib import Mamba2Config, init_cache, init_params
 from ssdlib.beyond import transformer
 from ssdlib.scale import sharding
+from ssdlib.serve import speculate
 
 pytestmark = pytest.mark.usefixtures("as_user")
 
@@ -64,6 +65,15 @@ ARGUMENTS = {
     "decode_step": MODEL | dict(token=TOKENS[:, 0], cache=init_cache(CONFIG, 2)),
     "generate": DRAW | dict(cache=init_cache(CONFIG, 2)),
     "stream": DRAW | dict(cache=init_cache(CONFIG, 2), block=2),
+    "fork": dict(cache=init_cache(CONFIG, 2), n=3),
+    "rewind": MODEL
+    | dict(tokens=TOKENS, caches=[init_cache(CONFIG, 2)], position=np.int64(3)),
+    "save_cache": dict(
+        path="never written", cache=init_cache(CONFIG, 2), config=CONFIG
+    ),
+    "speculate": DRAW
+    | dict(draft=speculate.ModelDraft(PARAMS, CONFIG), k=2)
+    | dict(cache=init_cache(CONFIG, 2), draft_cache=init_cache(CONFIG, 2)),
     "load": dict(source="tiny", dtype=jnp.float32, revision=None),
     "save": MODEL | dict(folder="never written"),
     "compile_for": dict(fn=lambda: 1, target="cpu", donate_argnums=()),
@@ -94,6 +104,10 @@ ARGUMENTS = {
     "scale.parallel.prefill": OVER
     | dict(tokens=TOKENS, cache=EVERYWHERE, lengths=LENGTHS),
     "scale.parallel.decode_step": OVER | dict(token=TOKENS[:, 0], cache=EVERYWHERE),
+    "scale.parallel.scatter_cache": dict(
+        cache=init_cache(CONFIG, 2), config=CONFIG, mesh=MESH
+    ),
+    "scale.parallel.gather_cache": dict(cache=EVERYWHERE, config=CONFIG, mesh=MESH),
     "scale.parallel.bytes_sent": dict(config=CONFIG, mesh=MESH, b=2, T=5, itemsize=4),
     "beyond.scalar_decay.linear_attention": QKV | dict(h0=QKV_STATE, chunk_size=4),
     "beyond.scalar_decay.simple_gla": QKV
@@ -122,11 +136,23 @@ ARGUMENTS = {
 }
 FINE = {  # (argument, what is wrong elsewhere)
     *((name, "nothing") for name in ("D", "h0", "lengths", "cache", "revision")),
-    *((name, "nothing") for name in ("top_k", "top_p", "eos_id", "donate_argnums")),
+    *(
+        (name, "nothing")
+        for name in (
+            "draft",
+            "draft_cache",
+            "top_k",
+            "top_p",
+            "eos_id",
+            "donate_argnums",
+        )
+    ),
     *((field.name, "a huge number") for field in dataclasses.fields(Mamba2Config)),
     ("temperature", "a huge number"),
     ("log_a", "six axes"),
     ("folder", "text"),
+    ("path", "text"),
+    ("caches", "a list"),
     ("revision", "text"),
     ("donate_argnums", "a list"),
     ("devices", "nothing"),
@@ -135,7 +161,15 @@ FINE = {  # (argument, what is wrong elsewhere)
     ("name", "text"),
     ("state", "nothing"),
 }
-NEEDED = {("decode_step", "cache", "nothing"), ("save", "folder", "nothing")}
+NEEDED = {
+    ("save", "folder", "nothing"),
+    ("decode_step", "cache", "nothing"),
+    *((name, "cache", "nothing") for name in ("fork", "save_cache")),
+    *(
+        (f"scale.parallel.{name}_cache", "cache", "nothing")
+        for name in ("scatter", "gather")
+    ),
+}
 CASES = [
     (function, argument, wrong)
     for function, arguments in ARGUMENTS.items()

@@ -18,6 +18,7 @@ ROOMS = {  # from the first row to the last; a module imports from its row and a
     "checkpoint": "",
     "beyond": "",
     "scale": "",
+    "serve": "",
     "measure": "",
     "companion": "__main__",
 }
@@ -29,9 +30,11 @@ MAY_IMPORT = {
     "checkpoint": "_checks theory model",
     "beyond": "_checks theory model",
     "scale": "_checks theory model checkpoint",
+    "serve": "_checks theory model checkpoint",
     "measure": "_checks theory model compiler",
-    "companion": "_checks theory model compiler checkpoint beyond scale measure face",
-    "face": "theory model compiler checkpoint",
+    "companion": "_checks theory model compiler checkpoint beyond scale serve measure"
+    " face",
+    "face": "theory model compiler checkpoint serve",
 }
 PACKAGE = ROOT / "ssdlib"
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -39,18 +39,19 @@ def load(
 ) -> tuple[Params, Mamba2Config]:
     """(params, config) from "tiny", a folder, a weight file or a hub id.
 
-    "tiny" is the byte-level model inside this package. A hub id such as
-    "org/name" is downloaded once, through the `huggingface_hub` cache, at `revision`.
-    Matrices are converted to `dtype`; decays, skips and norms are float32. Names and
-    shapes are checked before any weight is read, and weights are read one by one, so
-    the peak of memory is one copy of the model and its largest tensor. In a terminal,
-    loads of more than two seconds show their progress.
+    "tiny" is the byte-level model inside this package, "tiny-draft" a smaller one that
+    drafts for it. A hub id such as "org/name" is downloaded once, through the
+    `huggingface_hub` cache, at `revision`. Matrices are converted to `dtype`; decays,
+    skips and norms are float32. Names and shapes are checked before any weight is read,
+    and weights are read one by one, so the peak of memory is one copy of the model and
+    its largest tensor. In a terminal, loads of more than two seconds show their
+    progress.
 
     Raises OSError for a missing file, ImportError where a format needs torch, and
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
-    dtype = _available(dtype)
+    dtype = available(dtype)
     config, stored, want = _open(source, revision)
     return _read(config, stored, want, dtype), config
 
@@ -64,7 +65,7 @@ def open_slices(
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
     """
-    dtype = _available(dtype)
+    dtype = available(dtype)
     config, stored, want = _open(source, revision)
     out = {}
     for name, (place, shape) in want.items():
@@ -78,7 +79,7 @@ def open_slices(
     return config, out
 
 
-def _available(dtype) -> jnp.dtype:
+def available(dtype) -> jnp.dtype:
     """The dtype, which JAX must have: it makes float32 of float64 unless told."""
     dtype = floating(dtype)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:

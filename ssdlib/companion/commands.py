@@ -77,9 +77,13 @@ def generate(args) -> None:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("prompt: the tokenizer makes no token of it")
+    cache = args.load_state and ssdlib.load_cache(args.load_state, config, params)
     announce(f"compiling for {jax.devices()[0].device_kind}")
     start = time.perf_counter()
-    rest, cache = read_ahead(params, config, ids)
+    rest, cache = read_ahead(params, config, ids, cache)
+    if args.save_state:
+        _, read = prefill(params, config, np.asarray([rest]), cache)
+        ssdlib.save_cache(args.save_state, read, config, params)
     blocks = stream(
         params,
         config,
@@ -112,12 +116,12 @@ def generate(args) -> None:
     print(f"{line} on {jax.devices()[0].device_kind}", file=sys.stderr)
 
 
-def read_ahead(params, config, ids: list[int]) -> tuple:
+def read_ahead(params, config, ids: list[int], cache) -> tuple:
     """(tokens that are left to read, the cache after those before): shows its progress.
 
     Two tokens or more are left, as one that ends a text would say that it has ended.
     """
-    n, cache = max(0, len(ids) - 2) // LONGEST * LONGEST, None
+    n = max(0, len(ids) - 2) // LONGEST * LONGEST
     bar = dict(unit=" tokens", delay=2, leave=False, disable=None)
     with tqdm(total=n, **bar) as progress:
         for part, _ in pieces(np.asarray([ids[:n]]), None, LONGEST) if n else ():

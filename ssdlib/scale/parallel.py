@@ -9,6 +9,7 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -25,12 +26,14 @@ from ssdlib._checks import (
     is_traced,
 )
 from ssdlib.cache import Cache
+from ssdlib.cache import check_cache as check_one_device
 from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, read
 from ssdlib.params import Params, init_params
 from ssdlib.platforms import Axes
 from ssdlib.scale.sharding import (
     AnyMesh,
+    _rows,
     cache_shapes,
     cache_spec,
     check_batch,
@@ -43,7 +46,14 @@ from ssdlib.scale.sharding import (
     spec,
 )
 
-__all__ = ["bytes_sent", "compile_over", "decode_step", "prefill"]
+__all__ = [
+    "bytes_sent",
+    "compile_over",
+    "decode_step",
+    "gather_cache",
+    "prefill",
+    "scatter_cache",
+]
 
 # --- the public functions ------------------------------------------------------------
 
@@ -181,3 +191,36 @@ def compile_over(config: Mamba2Config, mesh: Mesh, b: int, T: int, dtype=jnp.flo
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     cache = cache_shapes(config, mesh, b, dtype)
     return program.lower(shard_by_head(shapes, config, mesh), tokens, cache).compile()
+
+
+def scatter_cache(cache: Cache, config: Mamba2Config, mesh: Mesh) -> Cache:
+    """A cache of one device laid out over a mesh, to go on from with `prefill` here.
+
+    Raises ValueError for another model, or if the mesh does not fit it or the batch.
+    """
+    check_is("cache", cache, Cache)
+    check_is("config", config, Mamba2Config)
+    check_one_device(config, cache, *(jnp.shape(cache.length)[:1] or [1]))
+    check_batch(mesh, len(cache.length))
+    moved = replace(cache, conv=np.asarray(cache.conv)[..., _channels(config, mesh)])
+    places = jax.tree.map(partial(NamedSharding, mesh), cache_spec(config))
+    return jax.tree.map(jax.device_put, moved, places)
+
+
+def gather_cache(cache: Cache, config: Mamba2Config, mesh: Mesh) -> Cache:
+    """The inverse of `scatter_cache`: arrays in the order of `ssdlib`, on the host.
+
+    Raises ValueError for a cache that is not laid out for this mesh and model.
+    """
+    check_is("cache", cache, Cache)
+    check_cache(config, mesh, cache, *(jnp.shape(cache.length)[:1] or [1]))
+    conv = np.empty((*cache.conv.shape[:3], config.d_xBC), cache.conv.dtype)
+    conv[..., _channels(config, mesh)] = np.asarray(cache.conv)
+    return jax.tree.map(np.asarray, replace(cache, conv=conv))
+
+
+def _channels(config, mesh) -> list[int]:
+    """Which channel of one device lies at each place of a mesh's convolution."""
+    devices = range(mesh.shape["model"])
+    rows = (pair for i in devices for pair in _rows(config, mesh, "conv", i))
+    return [channel for a, b in rows for channel in range(a, b)]
