@@ -99,7 +99,7 @@ def tolerance(limit: float) -> float:
     """A limit of rounding errors that holds for float32 on a CPU, on this device.
 
     A TPU makes a float32 product of six products of bfloat16 pieces, and its exp, log
-    and rsqrt are off by some units in the last place (chapter 10): four times the limit.
+    and rsqrt are off by some units in the last place: four times as much (chapter 10).
     """
     return limit if jax.default_backend() == "cpu" else 4 * limit
 
@@ -116,8 +116,7 @@ def _unseen() -> str:
         if any(map(glob.glob, paths)):
             return (
                 f"A {chip} is attached, but this jax does not see it: was jax or its "
-                "plugin changed? In Colab, disconnect and delete the runtime, and start "
-                "again."
+                "plugin changed? In Colab, disconnect and delete the runtime; start anew."
             )
     if "google.colab" in sys.modules:
         return "For a TPU or GPU: Runtime, Change runtime type, then run all again."
