@@ -55,7 +55,7 @@ def start() -> bool:
     """Set precision and plot style, print versions and device; True on an accelerator.
 
     Chapters do more by the answer: little on a CPU, all on a GPU or TPU. The variable
-    SSDLIB_FULL=1 rehearses that path on a CPU, with what `pick` takes for its sizes.
+    SSDLIB_FULL=1 rehearses the whole on a CPU; `pick` then takes what it can hold.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     ink = dict.fromkeys(
@@ -87,12 +87,17 @@ def start() -> bool:
     print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
     if not _accelerated() and (why := _unseen()):
         print(why)
-    return _accelerated() or os.environ.get("SSDLIB_FULL") == "1"
+    return _accelerated() or _rehearsed()
 
 
-def pick(full, small):
-    """The size for this device: `full` on a GPU or TPU, `small` on a CPU."""
-    return full if _accelerated() else small
+def pick(full, small, rehearsal=None):
+    """The size: `full` on a GPU or TPU, `small` on a CPU.
+
+    A rehearsal takes `full` too, or what is given for it where a CPU cannot.
+    """
+    if _accelerated() or not _rehearsed():
+        return full if _accelerated() else small
+    return full if rehearsal is None else rehearsal
 
 
 def tolerance(limit: float) -> float:
@@ -108,6 +113,10 @@ def _accelerated() -> bool:
     return jax.devices()[0].platform != "cpu"
 
 
+def _rehearsed() -> bool:
+    return os.environ.get("SSDLIB_FULL") == "1"
+
+
 def _unseen() -> str:
     """Why jax has no accelerator here, and what to do; nothing where that is meant."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -116,7 +125,7 @@ def _unseen() -> str:
         if any(map(glob.glob, paths)):
             return (
                 f"A {chip} is attached, but this jax does not see it: was jax or its "
-                "plugin changed? In Colab, disconnect and delete the runtime; start anew."
+                "plugin changed? In Colab: Disconnect and delete runtime, run again."
             )
     if "google.colab" in sys.modules:
         return "For a TPU or GPU: Runtime, Change runtime type, then run all again."
