@@ -197,6 +197,7 @@ def test_the_wheel_holds_the_library_its_model_its_types_and_the_records(dist):
         for p in tracked()
         if p.startswith("book/results/")
     }
+    want |= {"ssdlib/results/shipped.npz"}
     have = members(wheel)
     assert {"ssdlib/py.typed", "ssdlib/tiny/model.safetensors"} <= want <= have
     extra = {p for p in have - want if ".dist-info/" not in p}

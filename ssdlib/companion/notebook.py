@@ -55,7 +55,7 @@ def start() -> bool:
     """Set precision and plot style, print versions and device; True on an accelerator.
 
     Chapters do more by the answer: little on a CPU, all on a GPU or TPU. The variable
-    SSDLIB_FULL=1 rehearses the whole on a CPU; `pick` then takes what it can hold.
+    SSDLIB_FULL=1 rehearses the whole on a CPU, with the small sizes of `pick`.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     ink = dict.fromkeys(
@@ -87,17 +87,12 @@ def start() -> bool:
     print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
     if not _accelerated() and (why := _unseen()):
         print(why)
-    return _accelerated() or _rehearsed()
+    return _accelerated() or os.environ.get("SSDLIB_FULL") == "1"
 
 
-def pick(full, small, rehearsal=None):
-    """The size: `full` on a GPU or TPU, `small` on a CPU.
-
-    A rehearsal takes `full` too, or what is given for it where a CPU cannot.
-    """
-    if _accelerated() or not _rehearsed():
-        return full if _accelerated() else small
-    return full if rehearsal is None else rehearsal
+def pick(full, small):
+    """The size for this device: `full` on a GPU or TPU, `small` on a CPU."""
+    return full if _accelerated() else small
 
 
 def tolerance(limit: float) -> float:
@@ -106,15 +101,12 @@ def tolerance(limit: float) -> float:
     A TPU makes a float32 product of six products of bfloat16 pieces, and its exp, log
     and rsqrt are off by some units in the last place: four times as much (chapter 10).
     """
-    return limit if jax.default_backend() == "cpu" else 4 * limit
+    exact = not _accelerated() and os.environ.get("SSDLIB_ARITHMETIC") != "tpu"
+    return limit if exact else 4 * limit
 
 
 def _accelerated() -> bool:
     return jax.devices()[0].platform != "cpu"
-
-
-def _rehearsed() -> bool:
-    return os.environ.get("SSDLIB_FULL") == "1"
 
 
 def _unseen() -> str:
