@@ -199,9 +199,7 @@ def _absent_gpu(chip: Chip):
                 importlib.import_module(found[0]).initialize()
             topology = topologies.get_topology_desc("", "cuda", **describe)
     except jax.errors.JaxRuntimeError as error:  # the plugin of jax 0.7.2
-        raise CompilerMissing(
-            f"the plugin does not know {chip.name}: {error}"
-        ) from None
+        raise CompilerMissing(f"the plugin refuses {chip.name}: {error}") from None
     return topology.devices[0]
 
 
