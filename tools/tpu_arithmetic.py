@@ -79,7 +79,7 @@ def _inexact(rule, ctx, x, **how):
     y = rule(ctx, x, **how)
     if ctx.avals_in[0].dtype != jnp.float32:
         return y
-    after = ctx.replace(avals_in=[*ctx.avals_in, *ctx.avals_out])
+    after = ctx.replace(avals_in=[*ctx.avals_in, *ctx.avals_out], tokens_out=None)
     return mlir.lower_fun(off_by_ulps, multiple_results=False)(after, x, *y)
 
 
