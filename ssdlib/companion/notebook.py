@@ -19,6 +19,7 @@ import jax
 import jax.experimental
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import traitlets
 from IPython.display import HTML, Markdown, display
 
@@ -30,6 +31,7 @@ __all__ = [
     "compiled",
     "compiled_over",
     "enable_x64",
+    "exactly",
     "explore",
     "link",
     "pick",
@@ -103,6 +105,16 @@ def tolerance(limit: float) -> float:
     """
     exact = not _accelerated() and os.environ.get("SSDLIB_ARITHMETIC") != "tpu"
     return limit if exact else 4 * limit
+
+
+def exactly(a, b) -> bool:
+    """Whether arrays are equal: in every bit on a CPU, elsewhere up to rounding.
+
+    Two programs of different sizes may add in another order there.
+    """
+    off = np.abs(np.asarray(a) - np.asarray(b)).max()
+    limit = tolerance(2e-6)
+    return bool(off <= (0 if limit == 2e-6 else limit * np.abs(b).max()))
 
 
 def _accelerated() -> bool:
