@@ -272,6 +272,25 @@ def test_a_peak_is_that_of_the_dtype():
         assert chip.at("float32").peaks.keys() == chip.peaks.keys()
 
 
+def test_what_the_chapters_run_on_a_v5e_fits_its_memory():
+    rows = json.loads((ROOT / "book/results/fits.json").read_text())["rows"]
+    rows = [row for row in rows if row["target"] == "tpu-v5e"]
+    have = {(row["chapter"], row["what"]) for row in rows}
+    assert {("09", f"2.7b, {k}") for k in ("step", "prefill", "uncached")} <= have
+    for row in rows:
+        assert sum(row["memory"].values()) < CHIPS["tpu-v5e"].memory, row
+
+
+def test_two_compilers_are_compared_on_the_same_programs():
+    rows = json.loads((ROOT / "book/results/versions.json").read_text())["rows"]
+    made = {}
+    for row in rows:
+        made.setdefault(row["versions"]["jax"], set()).add((row["name"], row["target"]))
+    old, new = made.values()
+    assert old == new and len(old) > 30
+    assert {target for _, target in old} == {"cpu", "l40s", "tpu-v6e"}
+
+
 def test_the_libtpu_that_is_pinned_is_not_refused():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu")
