@@ -16,7 +16,7 @@ SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/*/*.py ssdlib/tiny/* ssdlib/tiny
 
 .NOTPARALLEL:
 .PHONY: help book serve lab site pdf test lint pytest notebooks extras format bench \
-  elsewhere readme repository lock clean FORCE
+  elsewhere rehearse newest readme repository lock clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -72,8 +72,19 @@ BENCH ?= --what peers,limits --peers mamba2-jax,transformers,llama.cpp --dtype f
 bench: $(READY) ## time ssdlib beside what is installed: BENCH="--peers transformers"
 	$(BIN)/python benchmarks/compare.py --out _build/compare $(BENCH)
 
-elsewhere: $(READY) ## run three chapters in a bare environment, installed as in Colab
-	$(BIN)/pytest -m slow tests/test_publish.py
+# IMAGE=cpu or gpu: the other lists in tools/colab. CHAPTERS=book/*.ipynb: all, in an hour.
+IMAGE ?= tpu
+CHAPTERS ?= book/intro.ipynb book/01_recurrence.ipynb book/08_roofline.ipynb
+elsewhere: $(READY) ## run three chapters with the versions of Colab's TPU image
+	$(BIN)/python tools/imitate_colab.py --image $(IMAGE) $(CHAPTERS)
+
+HOW ?= --tpu
+rehearse: $(READY) ## run chapters on a CPU as on a TPU: NB=book/06_generation.ipynb
+	$(BIN)/python tools/rehearse.py $(HOW) $(filter %.ipynb,$(NB))
+
+newest: $(READY) ## replace jax and what depends on it by the newest, ahead of the pins
+	$(BIN)/python -m pip install --quiet --upgrade jax jaxlib jaxtyping optax
+	$(BIN)/python -c "import jax; print('jax', jax.__version__)"
 
 readme: $(READY) ## rewrite README.md's table and figure from the records
 	$(BIN)/python tools/readme.py

@@ -30,14 +30,17 @@ except ModuleNotFoundError as error:
         "ssdlib is not installed: see 'Run it' in the introduction"
     ) from error
 """
-NO_BUTTONS = "# Not known yet, or not on GitHub: no launch buttons.\n"
-BUTTONS = """\
+ICON = "html:\n  favicon: book/_static/logo.svg\n"
+NO_BUTTONS = f"# Not known yet, or not on GitHub: no launch buttons.\n{ICON}"
+BUTTONS = f"""\
 repository:
-  url: {}
+  url: {{}}
   branch: main
   path_to_book: "" # the pages' names already start with book/
 launch_buttons:
   colab_url: https://colab.research.google.com
+{ICON}  use_repository_button: true
+  use_edit_page_button: true # to the source of the page
 """
 COLAB = "https://colab.research.google.com/github/{}/{}/blob/main/book/intro.ipynb"
 

@@ -4,18 +4,23 @@ Needs the `book` extra (matplotlib, ipython, ipywidgets).
 """
 
 import ast
+import glob
 import hashlib
 import inspect
 import io
 import os
 import re
+import sys
 import textwrap
 import time
 
 import ipywidgets as widgets
 import jax
+import jax.experimental
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
+import traitlets
 from IPython.display import HTML, Markdown, display
 
 from ssdlib.compiler import hlo, targets
@@ -25,21 +30,34 @@ __all__ = [
     "COLORS",
     "compiled",
     "compiled_over",
+    "enable_x64",
+    "exactly",
     "explore",
+    "link",
+    "pick",
     "say",
     "show",
     "source",
+    "stack",
     "start",
+    "tolerance",
 ]
 
 COLORS = ["#2f7ed8", "#d9822b", "#2a9d6e", "#cc4778", "#8a63d2", "#7f7f7f"]
 _INK = "#010203"  # stands for the page's own text color, light or dark
+_CHIPS = {"TPU": ("/dev/accel*", "/dev/vfio/[0-9]*"), "GPU": ("/dev/nvidia[0-9]*",)}
+
+try:
+    enable_x64 = jax.enable_x64
+except AttributeError:  # jax 0.7
+    enable_x64 = jax.experimental.enable_x64
 
 
 def start() -> bool:
     """Set precision and plot style, print versions and device; True on an accelerator.
 
-    Chapters choose their sizes by the answer: small on a CPU, full on a GPU or TPU.
+    Chapters do more by the answer: little on a CPU, all on a GPU or TPU. The variable
+    SSDLIB_FULL=1 rehearses the whole on a CPU, with the small sizes of `pick`.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     ink = dict.fromkeys(
@@ -69,7 +87,53 @@ def start() -> bool:
     )
     device = jax.devices()[0]
     print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
-    return device.platform != "cpu"
+    if not _accelerated() and (why := _unseen()):
+        print(why)
+    return _accelerated() or os.environ.get("SSDLIB_FULL") == "1"
+
+
+def pick(full, small):
+    """The size for this device: `full` on a GPU or TPU, `small` on a CPU."""
+    return full if _accelerated() else small
+
+
+def tolerance(limit: float) -> float:
+    """A limit of rounding errors that holds for float32 on a CPU, on this device.
+
+    A TPU makes a float32 product of six products of bfloat16 pieces, and its exp, log
+    and rsqrt are off by some units in the last place: four times as much (chapter 10).
+    """
+    exact = not _accelerated() and os.environ.get("SSDLIB_ARITHMETIC") != "tpu"
+    return limit if exact else 4 * limit
+
+
+def exactly(a, b) -> bool:
+    """Whether arrays are equal: in every bit on a CPU, elsewhere up to rounding.
+
+    Two programs of different sizes may add in another order there.
+    """
+    off = np.abs(np.asarray(a) - np.asarray(b)).max()
+    limit = tolerance(2e-6)
+    return bool(off <= (0 if limit == 2e-6 else limit * np.abs(b).max()))
+
+
+def _accelerated() -> bool:
+    return jax.devices()[0].platform != "cpu"
+
+
+def _unseen() -> str:
+    """Why jax has no accelerator here, and what to do; nothing where that is meant."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return ""
+    for chip, paths in _CHIPS.items():
+        if any(map(glob.glob, paths)):
+            return (
+                f"A {chip} is attached, but this jax does not see it: was jax or its "
+                "plugin changed? In Colab: Disconnect and delete runtime, run again."
+            )
+    if "google.colab" in sys.modules:
+        return "For a TPU or GPU: Runtime, Change runtime type, then run all again."
+    return ""
 
 
 def say(text: str) -> None:
@@ -149,7 +213,7 @@ def explore(label: str, values, draw, first: int = 0) -> None:
     """
     wide = widgets.Layout(width="100%")
     frames = [widgets.HTML(_svg(*draw(value)), layout=wide) for value in values]
-    stack = widgets.Stack(frames, selected_index=first, layout=wide)
+    seen = stack(frames, first)
     options = [(f"{value:,}", value) for value in values]
     slider = widgets.SelectionSlider(
         options=options,
@@ -158,8 +222,35 @@ def explore(label: str, values, draw, first: int = 0) -> None:
         layout=wide,
         style={"description_width": "initial"},
     )
-    widgets.jslink((slider, "index"), (stack, "selected_index"))
-    display(widgets.VBox([slider, stack], layout=wide))
+    link(slider, seen)
+    display(widgets.VBox([slider, seen], layout=wide))
+
+
+def stack(children: list, first: int = 0) -> widgets.Widget:
+    """Widgets of which one is seen, that of its `selected_index`; see `link`."""
+    wide = widgets.Layout(width="100%")
+    if hasattr(widgets, "Stack"):
+        return widgets.Stack(children, selected_index=first, layout=wide)
+    box = widgets.VBox(children, layout=wide)  # ipywidgets 7, of Colab
+    box.add_traits(selected_index=traitlets.Int(first))
+
+    def turn(_):
+        for i, child in enumerate(children):
+            look = None if i == box.selected_index else "none"
+            child.layout = widgets.Layout(width="100%", display=look)
+
+    box.observe(turn, "selected_index")
+    turn(None)
+    return box
+
+
+def link(control: widgets.Widget, seen: widgets.Widget) -> None:
+    """Let the index of a control choose what a `stack` shows.
+
+    The browser does it, without a kernel, from ipywidgets 8 on; before, the kernel.
+    """
+    how = widgets.jslink if hasattr(widgets, "Stack") else widgets.link
+    how((control, "index"), (seen, "selected_index"))
 
 
 def _svg(figure, alt: str) -> str:

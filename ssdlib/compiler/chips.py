@@ -4,7 +4,7 @@ One row a chip. A program is compiled for it by its description, without hardwar
 its roofline follows from its peaks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["CHIPS", "GPU", "TPU", "Chip"]
 
@@ -35,12 +35,19 @@ class Chip:
     """Peaks of one chip: dense products in FLOP/s, main memory in bytes, bytes/s."""
 
     name: str
-    flops: float  # bfloat16 (float16 on a T4, float32 on a CPU)
+    flops: float  # of products in `fast`
     bandwidth: float
     memory: float
     source: str
     compiler: TPU | GPU | None = None  # None: a CPU, whose peaks are measured
     alias: str = ""  # another name that jax has for an attached one
+    fast: str = "bfloat16"  # float16 on a T4; a CPU has one speed
+    float32: float | None = None  # what other products reach, at default precision
+
+    def at(self, dtype: str) -> "Chip":
+        """The chip with the peak that products in this dtype can reach."""
+        slower = dtype != self.fast and self.float32 is not None
+        return replace(self, flops=self.float32) if slower else self
 
     @property
     def ridge(self) -> float:
@@ -64,13 +71,15 @@ def _tpu(name, alias, flops, bandwidth, memory, *names) -> Chip:
     return Chip(name, flops, bandwidth, memory, source, TPU(*names), alias)
 
 
-def _nvidia(name, flops, bandwidth, memory, *description) -> Chip:
+def _nvidia(name, flops, float32, bandwidth, memory, *description, **more) -> Chip:
     source = "NVIDIA data sheet, without sparsity"
-    return Chip(name, flops, bandwidth, memory, source, GPU(*description))
+    gpu, more = GPU(*description), more | {"float32": float32}
+    return Chip(name, flops, bandwidth, memory, source, gpu, **more)
 
 
 # fmt: off
 CHIPS = {  # the one table; every other number is derived from it
+    # A TPU takes float32 products in one pass of bfloat16, NVIDIA in TF32 from 8.0 on.
     "tpu-v5e": _tpu("TPU v5e", "TPU v5 lite", 197e12, 819e9, 16e9,
                     "v5e:1x1", "v5litepod-1"),
     "tpu-v5p": _tpu("TPU v5p", "TPU v5", 459e12, 2765e9, 95e9,
@@ -79,15 +88,17 @@ CHIPS = {  # the one table; every other number is derived from it
                     "v6e:1x1", "v6e-1"),
     "tpu-7x": _tpu("TPU7x", "TPU v7x", 2307e12, 7380e9, 192 * 2.0**30,
                    "tpu7x:1x1x1", "tpu7x-2"),
-    "t4": _nvidia("Tesla T4", 65e12, 320e9, 16e9,
-                  (7, 5), 40, 64, 1024, 65, 4, 1.59),
-    "l4": _nvidia("NVIDIA L4", 121e12, 300e9, 24e9,
+    "t4": _nvidia("Tesla T4", 65e12, 8.1e12, 320e9, 16e9,
+                  (7, 5), 40, 64, 1024, 65, 4, 1.59, fast="float16"),
+    "l4": _nvidia("NVIDIA L4", 121e12, 60e12, 300e9, 24e9,
                   (8, 9), 58, 128, 1536, 100, 48, 2.04),
-    "l40s": _nvidia("NVIDIA L40S", 362e12, 864e9, 48e9,
+    "l40s": _nvidia("NVIDIA L40S", 362e12, 183e12, 864e9, 48e9,
                     (8, 9), 142, 128, 1536, 100, 96, 2.52),
-    "a100": _nvidia("NVIDIA A100-SXM4-80GB", 312e12, 2039e9, 80e9,
+    "a100": _nvidia("NVIDIA A100-SXM4-80GB", 312e12, 156e12, 2039e9, 80e9,
                     (8, 0), 108, 64, 2048, 164, 40, 1.41),
-    "h100": _nvidia("NVIDIA H100 80GB HBM3", 989e12, 3350e9, 80e9,
+    "h100": _nvidia("NVIDIA H100 80GB HBM3", 989e12, 494.5e12, 3350e9, 80e9,
+                    (9, 0), 132, 128, 2048, 228, 50, 1.98),
+    "h200": _nvidia("NVIDIA H200", 989e12, 494.5e12, 4800e9, 141e9,
                     (9, 0), 132, 128, 2048, 228, 50, 1.98),
 }
 # fmt: on

@@ -135,9 +135,9 @@ class Compiled:
 def compile_for(fn, *args, target="cpu", donate_argnums=()) -> Compiled:
     """Compile fn(*args) for a chip, attached or not, and read the result.
 
-    Targets: cpu, tpu-v5e, tpu-v5p, tpu-v6e, tpu-7x, t4, a100, l4, l40s, h100. Arrays
-    and `ShapeDtypeStruct`s are traced, anything else is static; nothing is run and no
-    absent device is initialized. Products have the precision that
+    Targets: cpu, tpu-v5e, tpu-v5p, tpu-v6e, tpu-7x, t4, l4, l40s, a100, h100, h200.
+    Arrays and `ShapeDtypeStruct`s are traced, anything else is static; nothing is run
+    and no absent device is initialized. Products have the precision that
     `jax.default_matmul_precision` says.
 
     Raises ValueError for an unknown target, and CompilerMissing (an ImportError) that

@@ -36,10 +36,13 @@ __all__ = [
 
 
 class CompilerMissing(ImportError):
-    """The compiler for a target is not installed here; the text names the extra."""
+    """No compiler for a target is here, or one that is too old; the text says which."""
 
 
 TARGETS = "cpu", *CHIPS
+# libtpu 0.0.21.1 (with jax 0.7.2) ends the process with SIGSEGV when it compiles for a
+# chip that is not attached. 0.0.42.1 and 0.0.50 do not; between, nothing was tried.
+OLDEST_LIBTPU = 0, 0, 42
 
 
 def compile_with(target: str, fn, args: tuple, donate_argnums=()):
@@ -85,11 +88,18 @@ def tpu_slice(topology: str, accelerator: str = "v6e-1", **options) -> list:
     """The devices of a described, absent slice: "v6e:2x4", "v6e:16x16", ...
 
     Programs compile for a mesh of them; nothing runs there. Raises CompilerMissing
-    without libtpu.
+    without libtpu, and with one that would end the process.
     """
     if not _installed("libtpu"):
         raise CompilerMissing(
             'a TPU slice needs libtpu: pip install ".[tpu]" in a checkout of ssdlib'
+        )
+    version = versions("libtpu").get("libtpu", "")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_LIBTPU:
+        raise CompilerMissing(
+            f"libtpu {version or 'of unknown version'} may end the process when it "
+            "compiles for a TPU that is not attached; it must be at least "
+            + ".".join(map(str, OLDEST_LIBTPU))
         )
     settings = dict(  # no query to the cloud's metadata server, no lock of a chip
         TPU_SKIP_MDS_QUERY="1",
@@ -159,9 +169,9 @@ def _device(target: str):
     tpu = isinstance(chip.compiler, TPU)
     try:
         return (_absent_tpu if tpu else _absent_gpu)(chip), "absent"
-    except CompilerMissing:
+    except CompilerMissing as error:
         raise CompilerMissing(
-            f"target: {target!r} needs a compiler that is not installed; on Linux "
+            f"target: {target!r} needs a compiler that is not here ({error}); on Linux "
             f'x86-64, pip install ".[{"tpu" if tpu else "cuda"}]" in a checkout of '
             "ssdlib brings it, without hardware"
         ) from None
@@ -179,14 +189,17 @@ def _absent_gpu(chip: Chip):
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     found = [name for name in plugins if _installed(name)]
     if not found:
-        raise CompilerMissing
+        raise CompilerMissing("jax has no CUDA plugin")
     describe = dict(topology="1x1x1", target_config=gpu_description(chip))
     try:
-        topology = topologies.get_topology_desc("", "cuda", **describe)
-    except NotImplementedError:  # jax left the plugin out: no driver here
-        with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
-            importlib.import_module(found[0]).initialize()
-        topology = topologies.get_topology_desc("", "cuda", **describe)
+        try:
+            topology = topologies.get_topology_desc("", "cuda", **describe)
+        except NotImplementedError:  # jax left the plugin out: no driver here
+            with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
+                importlib.import_module(found[0]).initialize()
+            topology = topologies.get_topology_desc("", "cuda", **describe)
+    except jax.errors.JaxRuntimeError as error:  # the plugin of jax 0.7.2
+        raise CompilerMissing(f"the plugin refuses {chip.name}: {error}") from None
     return topology.devices[0]
 
 

@@ -95,9 +95,9 @@ def bench(
     with jax.default_device(device), _explained(batch, lengths):
         load = record.load_average()
         programs, memory = _prepare(keys, sizes, params, device)
-        peak = _peak(device)
+        peak = _peak(device, dtype)
         seconds = rounds({key: p.sample for key, p in programs.items()}, repeats)
-        peak = _peak(device, peak)
+        peak = _peak(device, dtype, peak)
     facts["load"] = {"before": load, "after": record.load_average()}
     facts["memory"] = memory | {"peak": record.peak_memory(device)}
     facts["peak"] = None if peak is None else peak.peaks
@@ -141,10 +141,10 @@ def work(key: Key, config: Mamba2Config, batch: int, dtype: str = "float32") -> 
     return read(config, batch, T, itemsize)
 
 
-def _peak(device: jax.Device, before: Chip | None = None) -> Chip | None:
+def _peak(device: jax.Device, dtype: str, before: Chip | None = None) -> Chip | None:
     """The chip's published peaks; a CPU's are measured, the best of two times."""
     if device.platform != "cpu":
-        return CHIPS.get(chip_name(device))
+        return (chip := CHIPS.get(chip_name(device))) and chip.at(dtype)
     now = roofline.measure_cpu()
     if before is not None:
         flops = max(now.flops, before.flops)

@@ -79,7 +79,7 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def peak_memory(device: jax.Device) -> int | None:
-    """The most bytes this process held at a time; None where the system does not say."""
+    """The most bytes that this process held; None where the system does not say."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
