@@ -174,11 +174,10 @@ def _own_times(events) -> list[float]:
     """Nanoseconds in which an event was the last to have started of those that ran."""
     own, marks, running, before = [0.0] * len(events), [], [], 0.0
     for n, (start, stop, *_) in enumerate(events):
-        last = 2 if start == stop else 0  # at one instant: stops, starts, those of 0 ns
-        marks += [(start, 1, -stop, n), (stop, last, 0.0, n)]
-    for at, kind, _, n in sorted(marks):
+        marks += [(start, 0, -stop, n), (stop, 1, 0.0, n)]  # of two, the longer first
+    for at, stops, _, n in sorted(marks):
         if running:
             own[running[-1]] += at - before
         before = at
-        (running.append if kind == 1 else running.remove)(n)
+        (running.remove if stops else running.append)(n)
     return own
