@@ -180,7 +180,8 @@ def add_inspect(subparsers) -> None:
         "inspect",
         help="compile for a chip, here or not, and show the program",
         description="Compile a published model for a chip, attached or absent, and "
-        "list its kernels by the line of JAX that they come from. Nothing is run.",
+        "list its kernels by the line of JAX that they come from. Nothing is run, "
+        "unless --run asks for it.",
     )
     add_sizes(p)
     programs = ["decode", "prefill"]
@@ -190,6 +191,12 @@ def add_inspect(subparsers) -> None:
     views = ["line", "kernel"]
     p.add_argument("--by", choices=views, default="line", help="what a row stands for")
     p.add_argument("--rows", type=int, default=20, help="of the table, at most")
+    p.add_argument(
+        "--run",
+        action="store_true",
+        dest="measure",  # `run` is the function of the command
+        help="instead run it on the first device, random weights, and time its kernels",
+    )
     p.set_defaults(run=commands.inspect)
 
 

@@ -103,6 +103,18 @@ def test_inspect_prints_the_table_and_its_totals(capsys, monkeypatch):
     assert re.search(r"memory: argument [\d.]+ MB, output", out)
 
 
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_inspect_runs_the_program_on_the_attached_device(capsys, monkeypatch, what):
+    monkeypatch.setitem(config.PRESETS, "130m", (768, 1))
+    argv = f"inspect --run --what {what} --tokens 40 --by kernel --target h100".split()
+    status, out, err = run(capsys, *argv)
+    assert (status, err) == (0, "")
+    assert re.match(r" *ms +share +runs +bytes +FLOP +GB/s +GFLOP/s +kind +name", out)
+    said = re.search(r"A call took [\d.]+ ms .* kernels ([\d.]+)%, other events", out)
+    assert 0 < float(said[1]) <= 100
+    assert "cpu: compiled here for the attached device" in out
+
+
 def test_help_and_usage_from_a_shell():
     def shell(*argv):
         command = [sys.executable, "-m", "ssdlib", *argv]

@@ -19,6 +19,7 @@ import ssdlib
 from ssdlib import Mamba2Config, load, prefill, stream
 from ssdlib._checks import check_size
 from ssdlib.checkpoint.tokenizer import added_text, end_ids, load_tokenizer
+from ssdlib.compiler import profile
 from ssdlib.compiler.chips import CHIPS
 from ssdlib.compiler.targets import attached
 from ssdlib.compiler.view import count
@@ -150,10 +151,13 @@ def evaluate(args) -> None:
 
 
 def inspect(args) -> None:
-    """Print the table of kernels of args.preset on args.target, and its totals."""
+    """Print the kernels of args.preset on args.target and totals, or their times."""
     for name in ("batch", "tokens", "rows"):
         check_size(name, getattr(args, name))
     config = Mamba2Config.preset(args.preset)
+    if args.measure:
+        print(run_preset(args, config).table(args.rows, args.by))
+        return
     program = compile_preset(args, config)
     print(program.show(args.rows, args.by))
     if args.what == "decode":
@@ -181,15 +185,28 @@ def inspect(args) -> None:
     print(f"memory: {memory}")
 
 
-def compile_preset(args, config):
-    """The compiled decode step or prefill that the arguments describe."""
+def preset(args, config) -> tuple:
+    """The decode step or prefill that the arguments describe, and its own: shapes."""
     params, cache = benchmark.shapes(config, args.batch, args.dtype)
     shape = (args.batch,) if args.what == "decode" else (args.batch, args.tokens)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     fn = ssdlib.decode_step if args.what == "decode" else ssdlib.prefill
-    return ssdlib.compile_for(
-        fn, params, config, tokens, cache, target=args.target, donate_argnums=3
-    )
+    return fn, params, config, tokens, cache
+
+
+def compile_preset(args, config):
+    """That program, compiled for args.target."""
+    options = dict(target=args.target, donate_argnums=3)
+    return ssdlib.compile_for(*preset(args, config), **options)
+
+
+def run_preset(args, config):
+    """That program, run on the first device with random weights, kernel by kernel."""
+    announce(f"running on {jax.devices()[0].device_kind}")
+    fn, _, _, *rest = preset(args, config)
+    params = ssdlib.init_params(config, jax.random.key(0), jnp.dtype(args.dtype))
+    rest = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), rest)
+    return profile.measure(fn, params, config, *rest, donate_argnums=3)
 
 
 def bench(args) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "attached",
     "chip_name",
     "compile_with",
+    "is_static",
     "tpu_slice",
     "versions",
 ]
@@ -45,31 +46,33 @@ TARGETS = "cpu", *CHIPS
 OLDEST_LIBTPU = 0, 0, 42
 
 
-def compile_with(target: str, fn, args: tuple, donate_argnums=()):
+def compile_with(target: str | jax.Device, fn, args: tuple, donate_argnums=()):
     """Lower and compile: (jax's compiled object, origin, seconds in the compiler).
 
     Arrays and `ShapeDtypeStruct`s in `args` are traced; any argument without them, such
     as a config, is static. `origin` is "attached" if the chip is a device of this
-    process, else "absent": then there is a program but nothing to run it on.
+    process, else "absent": then there is a program but nothing to run it on. A device
+    in place of a target is attached, whatever its kind.
 
     Raises ValueError for an unknown target and CompilerMissing, which names the extra
     to install, if its compiler is not here.
     """
     if not callable(fn):
         raise ValueError(f"fn: {described(fn)}; it must be a function")
-    check_target(target)
+    here = isinstance(target, jax.Device)
+    if not here:
+        check_target(target)
     donated = jax.tree.leaves(donate_argnums)  # a number, or several
     if not all(isinstance(i, int) and 0 <= i < len(args) for i in donated):
         raise ValueError(
             f"donate_argnums: {donate_argnums!r}; it must be of the {len(args)} "
             "arguments, counted from 0"
         )
-    device, origin = _device(target)
+    device, origin = (target, "attached") if here else _device(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     static, structs = [], []
     for i, arg in enumerate(args):
-        leaves = jax.tree.leaves(arg)
-        if leaves and not all(hasattr(v, "shape") for v in leaves):
+        if is_static(arg):
             static.append(i)
             structs.append(arg)
         else:
@@ -82,6 +85,12 @@ def compile_with(target: str, fn, args: tuple, donate_argnums=()):
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=options)
     return compiled, origin, time.perf_counter() - start
+
+
+def is_static(arg) -> bool:
+    """Whether `compile_with` takes this argument as a part of the program."""
+    leaves = jax.tree.leaves(arg)
+    return bool(leaves) and not all(hasattr(v, "shape") for v in leaves)
 
 
 def tpu_slice(topology: str, accelerator: str = "v6e-1", **options) -> list:
