@@ -29,7 +29,7 @@ def test_the_fit_finds_the_law_that_made_the_times():
     roofline, cycles = rng.uniform(1e-3, 1, 9), rng.uniform(1e7, 1e9, 9)
     times = 4e-3 * roofline**0.7 * cycles**0.3
     made = fit(roofline, cycles, times)
-    assert (made.c, made.b) == pytest.approx((4e-3, 0.3))
+    assert (made.scale, made.weight) == pytest.approx((4e-3, 0.3))
     arrays = roofline, cycles, times
     assert left_out(*arrays) == pytest.approx(np.minimum(1, times / roofline))
 

@@ -1,12 +1,13 @@
 """How long a compiled program takes on a chip that is not here, and how sure that is.
 
-    time ≈ c roofline^(1-b) cycles^b, never below the roofline
+    time ≈ scale roofline^(1 - weight) cycles^weight, never below the roofline
 
-The roofline is that of what the compiler made, the cycles are its own estimate. c and b
-are fitted, by least squares in logarithms, to programs that were timed on a real chip
-(calibration.json, made by tools/record_calibration.py); c takes up the length of a
-cycle, so no clock is assumed. Each program is also left out of the fit in turn: the
-interval is the factor that 95 % of these errors stay below. Chapter 08 shows the fit.
+The roofline is that of what the compiler made, the cycles are its own estimate. Scale
+and weight are fitted, by least squares in logarithms, to programs that were timed on a
+real chip (calibration.json, made by tools/record_calibration.py); the scale takes up
+the length of a cycle, so no clock is assumed. Each program is also left out of the fit
+in turn: the interval is the factor that 95 % of these errors stay below. Chapter 08
+shows the fit.
 """
 
 import json
@@ -52,20 +53,21 @@ class Estimate(NamedTuple):
 class Fit(NamedTuple):
     """The model of time, and the factor of its interval."""
 
-    c: float
-    b: float
+    scale: float
+    weight: float
     factor: float = 1.0
 
     def seconds(self, roofline, cycles):
         """The middle of an estimate, or of many."""
-        return np.maximum(roofline, self.c * roofline ** (1 - self.b) * cycles**self.b)
+        between = roofline ** (1 - self.weight) * cycles**self.weight
+        return np.maximum(roofline, self.scale * between)
 
 
 def fit(roofline, cycles, seconds) -> Fit:
-    """Least squares: log(seconds / roofline) = log c + b log(cycles / roofline)."""
-    columns = np.stack([np.ones_like(cycles), np.log(cycles / roofline)], axis=1)
-    log_c, b = np.linalg.lstsq(columns, np.log(seconds / roofline))[0]
-    return Fit(float(np.exp(log_c)), float(b))
+    """A line through log(seconds / roofline) over log(cycles / roofline)."""
+    x, y = np.log(cycles / roofline), np.log(seconds / roofline)
+    weight, log_scale = np.polyfit(x, y, 1)
+    return Fit(float(np.exp(log_scale)), float(weight))
 
 
 def left_out(*arrays):
