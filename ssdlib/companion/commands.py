@@ -26,7 +26,7 @@ from ssdlib.compiler.view import count
 from ssdlib.evaluate import evaluate as score
 from ssdlib.generate import LONGEST
 from ssdlib.measure import bench as benchmark
-from ssdlib.measure import record, roofline
+from ssdlib.measure import estimate, record, roofline
 from ssdlib.model import pieces
 
 
@@ -181,6 +181,8 @@ def inspect(args) -> None:
     if args.target in CHIPS:
         chip = CHIPS[args.target]
         print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
+    if args.target == estimate.TARGET:
+        print(f"estimate of its time: {estimate.estimate(program).ms}; see chapter 08")
     memory = ", ".join(f"{k} {count(v, 'B')}" for k, v in program.memory.items())
     print(f"memory: {memory}")
 
