@@ -10,7 +10,8 @@ have been asked for the same logits; a ratio is ours over theirs within a round.
 that are not installed are named and skipped. What can be measured:
 
     peers   prefill of --prompt tokens, and greedy decoding after it
-    limits  read bandwidth and float32 products, by the best of XLA, NumPy and torch
+    limits  bandwidth, of a read of as many bytes as the float32 weights have, and
+            float32 products, each by XLA, NumPy and torch
     own     `generate` for 256 tokens against 256 bare steps; batch 8 against 1
     growth  prefill of 32,768 tokens against 1,024 (minutes)
     context decode after 65,536 tokens against 128 (minutes)
@@ -38,7 +39,7 @@ from peers import LIMITS, PEERS
 
 import ssdlib
 from ssdlib.compiler import targets
-from ssdlib.measure import bench, record
+from ssdlib.measure import bench, record, roofline
 
 WHAT = "peers", "limits", "own", "growth", "context"
 SETTLE = 0.1  # seconds: the threads of the last one stop spinning
@@ -226,11 +227,12 @@ def count(peer, most):
 def limits(run):
     """Bytes and FLOP a second by each library, one after another."""
     c = run.config
+    weights = 4 * sum(roofline.parameters(c).values())
     in_projection = run.args.prompt, c.d_model, c.d_inner + c.d_xBC + c.n_heads
     for name in LIMITS:
         with run.skipping(name), Peer(run, name) as library:
             run.facts["limits"][name] = {
-                "read": library("read"),
+                "read": library("read", weights),
                 "in_projection": library("product", *in_projection),
                 "square": library("product", SQUARE, SQUARE, SQUARE),
             }

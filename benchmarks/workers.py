@@ -144,12 +144,12 @@ class Limits:
             times.append(seconds(lambda: self.wait(fn(*args))))
         return min(times)
 
-    def read(self):
-        """Bytes a second: a sum, or a matrix times a vector, over 512 MiB."""
-        shapes = (2**14, 2**13), 2**13
+    def read(self, nbytes):
+        """Bytes a second: a sum, or a matrix times a vector, as in `measure_cpu`."""
+        shapes = (nbytes // 2**15, 2**13), 2**13
         W, v = (self.array(np.ones(shape, np.float32)) for shape in shapes)
         total = self.best(lambda W: W.sum(), W)
-        return 2**29 / min(total, self.best(lambda W, v: W @ v, W, v))
+        return W.nbytes / min(total, self.best(lambda W, v: W @ v, W, v))
 
     def product(self, m, k, n):
         """FLOP/s of (m, k) x (k, n) in float32, in the better of two layouts."""

@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setitem(config.PRESETS, "130m", SIZES)
-        patch.setattr(roofline, "measure_cpu", lambda: PEAK)
+        patch.setattr(roofline, "measure_cpu", lambda nbytes: PEAK)
         command = "--lengths 16,32 --repeats 3 --batch 2 --out"
         assert main(["bench", *command.split(), str(folder)]) == 0
     (path,) = folder.glob("*.json")
@@ -236,7 +236,7 @@ def test_an_unknown_chip_has_no_utilization():
         platform, device_kind = "gpu", "NVIDIA RTX 4090 (24 GB)"
 
     assert targets.chip_name(Device) == "nvidia-rtx-4090-24-gb"
-    assert bench._peak(Device) is None
+    assert bench._peak(Device, "float32", 1) is None
     program = bench.Program(lambda: 1.0, 0.0)
     work = roofline.Work(1.0, 1.0)
     row = record.row(("decode", 8), 1, program, [1.0, 2.0, 3.0], work, None)

@@ -1,4 +1,4 @@
-"""The table of claims: no number without a source, no verdict without a rule."""
+"""The table of claims: no number without a source, and every verdict can turn."""
 
 import copy
 import dataclasses
@@ -8,12 +8,21 @@ import re
 import jsonschema
 import pytest
 
-from ssdlib.companion import claims, evidence
-from ssdlib.companion.claims import CONTRADICTED, OPEN, REPRODUCED, SUPPORTED, Evidence
+from ssdlib.companion import claims
+from ssdlib.companion.claims import Evidence
+from ssdlib.companion.verdicts import (
+    CONTRADICTED,
+    OPEN,
+    REPRODUCED,
+    RULES,
+    SUPPORTED,
+    VERDICTS,
+)
 from ssdlib.compiler.hlo import RECORDS
+from ssdlib.config import PRESETS
 
 PAPER = json.loads((RECORDS / "paper.json").read_text())
-CLAIMS, BOOK = evidence.load()
+CLAIMS, BOOK = claims.load()
 TOPICS = {  # of the paper -> ids
     "140 TFLOPS, 15 % MFU": ["prefill"],
     "roofline ceiling": ["ceiling"],
@@ -31,6 +40,7 @@ TOPICS = {  # of the paper -> ids
 }
 IDS = [name for names in TOPICS.values() for name in names]
 NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
+TEXT = {"type": "string", "minLength": 1}
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
@@ -43,11 +53,14 @@ SCHEMA = {
             "items": {
                 "type": "object",
                 "additionalProperties": False,
-                "required": ["id", "title", "words", "numbers", "versions", "place"],
+                "required": [
+                    *("id", "title", "words", "numbers", "versions", "place"),
+                    *("whose", "by", "turns"),
+                ],
                 "properties": {
                     "id": {"enum": IDS},
-                    "title": {"type": "string", "minLength": 1},
-                    "words": {"type": "string", "minLength": 1},
+                    "title": TEXT,
+                    "words": TEXT,
                     "numbers": NUMBERS,
                     "versions": {
                         "type": "array",
@@ -56,6 +69,15 @@ SCHEMA = {
                     },
                     "place": {
                         "enum": ["title", "abstract", "a review", "README, heat map"]
+                    },
+                    "whose": TEXT,
+                    "by": {"type": "string", "pattern": "chapter|`python -m ssdlib"},
+                    "turns": {
+                        "type": "object",
+                        "propertyNames": {"enum": VERDICTS[:3]},
+                        "additionalProperties": TEXT,
+                        "required": [CONTRADICTED],
+                        "minProperties": 2,
                     },
                     "heat_map": {
                         "type": "object",
@@ -73,7 +95,9 @@ SCHEMA = {
         },
     },
 }
-NAMES = r"v6e|L40S|WikiText-103|mamba_ssm 2\.2\.2|float32|O\(1\)"  # no numbers
+NAMES = (
+    r"v6e|L40S|WikiText-103|mamba_ssm 2\.2\.2|float32|O\(1\)|batch 1|[Vv]ersion \d|v2"
+)
 by_id = {claim["id"]: claim for claim in CLAIMS}
 each_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c["id"])
 
@@ -84,7 +108,7 @@ def verdict(name, **changes):
 
 def test_the_papers_claims_follow_their_schema():
     jsonschema.Draft202012Validator(SCHEMA).validate(PAPER)
-    assert [c["id"] for c in CLAIMS] == IDS
+    assert [c["id"] for c in CLAIMS] == IDS == list(RULES)
     figure = by_id["speedup_figure"]["heat_map"]
     for ratios in figure["ratios"].values():
         assert len(ratios) == len(figure["lengths"])
@@ -102,25 +126,23 @@ def test_every_number_of_the_paper_is_cited_and_none_is_typed_into_its_words(cla
 
 
 @each_claim
-def test_every_claim_has_one_verdict_and_evidence_or_a_command(claim):
+def test_an_open_claim_has_a_command(claim):
     found = claims.judge(claim, BOOK)
-    assert found.verdict in claims.VERDICTS and found.by
-    assert found.computed or found.measured
-    if found.verdict == OPEN:
-        assert "`python -m ssdlib" in found.by
+    assert found.verdict in VERDICTS
+    assert found.computed or found.measured or found.verdict == OPEN
+    assert found.verdict != OPEN or "`python -m ssdlib" in claim["by"]
 
 
 @each_claim
 def test_without_records_no_number_and_no_verdict_is_left(claim):
-    found = claims.judge(claim, Evidence())
-    assert (found.computed, found.measured, found.verdict) == ("", "", OPEN)
+    assert claims.judge(claim, Evidence()) == ("", "", OPEN)
 
 
 @each_claim
 def test_what_was_measured_needs_a_run_and_what_was_computed_a_program(claim):
     """Paper, computation and measurement: each column has its own sources."""
     found = claims.judge(claim, BOOK)
-    compiled = Evidence(program=BOOK.program, chips=BOOK.chips)
+    compiled = dataclasses.replace(BOOK, runs=[], parity={})
     measured = Evidence(runs=BOOK.runs, parity=BOOK.parity)
     assert claims.judge(claim, compiled).measured == ""
     assert claims.judge(claim, compiled).computed == found.computed
@@ -128,125 +150,266 @@ def test_what_was_measured_needs_a_run_and_what_was_computed_a_program(claim):
     assert claims.judge(claim, measured).measured == found.measured
 
 
-def on(chip, platform, **factors):
-    """The first run of the book as if made on another chip, some figures scaled."""
-    run = copy.deepcopy(BOOK.runs[0])
-    run["device"] |= {"name": chip, "platform": platform, "kind": chip}
-    for row in run["rows"]:
-        row |= {key: row[key] * factor for key, factor in factors.items()}
-    for s in run["speedups"]:
-        s["ratio"]["median"] *= factors.get("mfu", 1)
-    return run
+# --- every verdict turns --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "much", "little"),
-    [
-        ("prefill", dict(tflops=1e5), dict(tflops=1)),
-        ("bandwidth", dict(hbu=1.3), dict(hbu=0.1)),
-        ("speedup_review", dict(mfu=10), dict(mfu=1e-3)),
-        ("speedup_abstract", dict(mfu=10), dict(mfu=1e-3)),
-        ("speedup_figure", dict(mfu=10), dict(mfu=1e-3)),
-    ],
-)
-def test_a_speed_on_a_v6e_is_settled_by_a_v6e_alone(name, much, little):
-    assert verdict(name, runs=[on("tpu-v6e", "tpu", **much)]) == REPRODUCED
-    assert verdict(name, runs=[on("tpu-v6e", "tpu", **little)]) == OPEN
-    assert verdict(name, runs=[on("h100", "gpu", **much)]) == OPEN
-    assert verdict(name) == OPEN or any(
-        run["device"]["name"] == "tpu-v6e" for run in BOOK.runs
-    )
+def run(chip="tpu-v6e", size="130m", lengths=(128, 4096), **facts):
+    """A record as `bench` writes it, with figures as small as a rule can take.
+
+    ratio, tflops, hbu: of every row. slower: median time of the last length over that
+    of the first. spread: highest over lowest sample. cache: factor on the last length.
+    """
+    base = next(r for r in BOOK.runs if r["model"]["name"] == "130m")
+    made, f = copy.deepcopy(base), dict(tflops=1.0, hbu=0.1, ratio=1.0, slower=1.0)
+    f |= dict(spread=1.01, cache=1.0) | facts
+    platform = {"cpu": "cpu", "tpu-v6e": "tpu"}.get(chip, "gpu")
+    made["device"] |= {"name": chip, "platform": platform, "kind": chip}
+    made["model"]["name"] = size
+    made["speedups"] = [
+        {
+            "length": T,
+            "ratio": dict.fromkeys(("median", "lowest", "highest"), f["ratio"]),
+        }
+        for T in lengths
+    ]
+    s = base["model"]["sizes"]
+    width = s["n_heads"] * s["head_dim"]
+    card = width * s["d_state"] + (s["d_conv"] - 1) * (width + 2 * s["d_state"])
+    card = 4 * s["n_layers"] * card + 4
+    made["rows"] = []
+    for what in ("prefill", "decode"):
+        for T in lengths:
+            last = T == lengths[-1]
+            t, half = f["slower"] if last else 1.0, f["spread"] ** 0.5
+            seconds = {"median": t, "lowest": t / half, "highest": t * half}
+            row = {"what": what, "length": T, "seconds": seconds}
+            row |= {"tflops": f["tflops"], "hbu": f["hbu"]}
+            row |= {"cache": int(card * (f["cache"] if last else 1))}
+            made["rows"].append(row)
+    return made
 
 
-@pytest.mark.parametrize(
-    "bandwidth, settled", [(1e10, SUPPORTED), (1e14, CONTRADICTED)]
-)
-def test_the_ceiling_is_settled_only_if_the_length_does_not_matter(bandwidth, settled):
-    assert verdict("ceiling") == OPEN
-    chip = dataclasses.replace(BOOK.chips["tpu-v6e"], bandwidth=bandwidth)
-    assert verdict("ceiling", chips={"tpu-v6e": chip}) == settled
+def runs(**facts):
+    return {"runs": [run(size=size, **facts) for size in PRESETS]}
 
 
-def test_time_and_memory_must_not_grow_with_the_length():
-    assert verdict("memory") == REPRODUCED
-    short, long = (copy.deepcopy(BOOK.runs[0]) for _ in range(2))
-    long["memory"]["cache"] *= 2
-    assert verdict("memory", runs=[short, long]) == CONTRADICTED
+def programs(name=None, target=None, change=None, only=lambda op: True):
+    """The book's programs; of one of them the first fitting kernel is changed."""
 
-    assert verdict("length", runs=BOOK.runs[:1]) == SUPPORTED
-    assert verdict("length", runs=[on("l40s", "gpu")]) == REPRODUCED
-    for row in long["rows"]:
-        row["seconds"] = dict.fromkeys(row["seconds"], row["length"])
-    assert verdict("length", runs=[short, long]) == CONTRADICTED
+    def program(asked, at):
+        found = BOOK.program(asked, at)
+        if found is None or (name, target) != (asked, at):
+            return found
+        i = next(i for i, op in enumerate(found.ops) if only(op))
+        bad = dataclasses.replace(found.ops[i], **change)
+        return dataclasses.replace(
+            found, ops=(*found.ops[:i], bad, *found.ops[i + 1 :])
+        )
+
+    return {"program": program}
 
 
-@pytest.mark.parametrize("name", ["backends", "kernels", "host"])
-def test_a_claim_about_every_backend_is_reproduced_by_running_on_each(name):
-    runs = [on("cpu", "cpu"), on("l40s", "gpu"), on("tpu-v6e", "tpu")]
-    assert verdict(name, runs=runs[:2]) == SUPPORTED
-    assert verdict(name, runs=runs) == REPRODUCED
+def without_loop(asked, at):
+    found = BOOK.program(asked, at)
+    if (asked, at) != ("generate", "l40s"):
+        return found
+    ops = tuple(dataclasses.replace(op, times=1) for op in found.ops)
+    return dataclasses.replace(found, ops=ops)
 
-    def without_gpu(name, target):
-        return None if target == "l40s" else BOOK.program(name, target)
 
-    assert verdict(name, runs=runs, program=without_gpu) == OPEN
+def scaled(factor):
+    """The programs, as if their compilers expected so many times the cycles."""
+
+    def program(asked, at):
+        found = BOOK.program(asked, at)
+        if found is None or found.cycles is None:
+            return found
+        ops = tuple(
+            dataclasses.replace(op, cycles=op.cycles and int(op.cycles * factor))
+            for op in found.ops
+        )
+        return dataclasses.replace(found, ops=ops)
+
+    return {"program": program}
+
+
+def parity(change=None, case="shipped", **facts):
+    made = copy.deepcopy(BOOK.parity) | facts
+    made["cases"][case] |= change or {}
+    return {"parity": made}
+
+
+def wikitext(apart):
+    case = {"perplexity": [20 + apart, 20.0], "reference": "mamba_ssm 2.2.2"}
+    return {"parity": BOOK.parity | {"wikitext-103": case}}
+
+
+def bandwidth(factor):
+    chip = BOOK.chips["tpu-v6e"]
+    return {"chips": {"tpu-v6e": dataclasses.replace(chip, bandwidth=factor)}}
+
+
+def models(**changes):
+    """Models without GLA, but for what changes."""
+    made = {k: v for k, v in BOOK.parity["models"].items() if k != "GLA"}
+    for name, change in changes.items():
+        made[name] = BOOK.parity["models"][name] | change
+    return {"parity": BOOK.parity | {"models": made}}
+
+
+EVERYWHERE = {"runs": [run("cpu"), run("l40s"), run("tpu-v6e")]}
+CUDA = {"reference": "mamba_ssm 2.2.2 on CUDA"}
+TURNS = {  # what must turn a verdict, from the smallest change that matters
+    "prefill": {
+        REPRODUCED: {"runs": [run(tflops=127)]},
+        SUPPORTED: {"runs": [run(tflops=125)]},
+        CONTRADICTED: runs(tflops=69),
+        OPEN: {"runs": [], "chips": {}},
+    },
+    "ceiling": {
+        SUPPORTED: bandwidth(3e11),
+        CONTRADICTED: bandwidth(6e12),
+        OPEN: {},
+    },
+    "bandwidth": {
+        REPRODUCED: {"runs": [run(hbu=0.58)]},
+        SUPPORTED: {"runs": [run(hbu=0.57)]},
+        CONTRADICTED: {"rates": {s: 0.85 * r for s, r in BOOK.rates.items()}},
+        OPEN: {"rates": {}},
+    },
+    "speedup_review": {
+        REPRODUCED: {"runs": [run(ratio=26.5)]},
+        CONTRADICTED: runs(ratio=14),
+        OPEN: {"runs": [run("h100", ratio=99)]},
+    },
+    "speedup_abstract": {
+        REPRODUCED: runs(ratio=24.5),
+        CONTRADICTED: {"runs": [*runs(ratio=30)["runs"][1:], run(ratio=13)]},
+        OPEN: {"runs": [run(ratio=30)]},
+    },
+    "speedup_figure": {
+        REPRODUCED: {"runs": [run(ratio=31)]},
+        CONTRADICTED: runs(ratio=17),
+        OPEN: runs(ratio=18),
+    },
+    "memory": {
+        REPRODUCED: {"runs": [run("cpu")]},
+        CONTRADICTED: {"runs": [run("cpu", cache=1.01)]},
+        OPEN: {"runs": [run("cpu", lengths=(128,))]},
+    },
+    "length": {
+        REPRODUCED: {"runs": [run("l40s", slower=1.09)]},
+        SUPPORTED: {"runs": [run("cpu", slower=1.09)]},
+        CONTRADICTED: {"runs": [run("l40s"), run("cpu", slower=1.12)]},
+        OPEN: {"runs": [run("l40s", slower=1.12, spread=1.3)]},
+    },
+    "backends": {
+        REPRODUCED: EVERYWHERE,
+        SUPPORTED: {"runs": EVERYWHERE["runs"][:2]},
+        CONTRADICTED: programs("step", "tpu-v6e", {"source": "tpu.py:1"}),
+        OPEN: {
+            "program": lambda name, at: None if at == "l40s" else BOOK.program(name, at)
+        },
+    },
+    "tokens": {
+        REPRODUCED: parity(**CUDA),
+        SUPPORTED: {},
+        CONTRADICTED: parity({"greedy": 63}),
+        OPEN: {"parity": {}},
+    },
+    "rounding": {
+        REPRODUCED: parity(**CUDA),
+        SUPPORTED: {},
+        CONTRADICTED: parity({"h": 1.1e-5}),
+        OPEN: {"parity": {}},
+    },
+    "perplexity": {
+        REPRODUCED: wikitext(4e-4),
+        CONTRADICTED: wikitext(6e-4),
+        OPEN: parity({"perplexity": [5.0, 6.0]}),  # of another text: it says nothing
+    },
+    "kernels": {
+        REPRODUCED: EVERYWHERE,
+        SUPPORTED: programs(
+            "step", "l40s", dict(kind="custom", primitive="__cublas$x")
+        ),
+        CONTRADICTED: programs(
+            "step", "tpu-v6e", dict(kind="custom", primitive="tpu_custom_call")
+        ),
+        OPEN: {
+            "program": lambda name, at: None if at == "cpu" else BOOK.program(name, at)
+        },
+    },
+    "host": {
+        REPRODUCED: EVERYWHERE,
+        SUPPORTED: {"runs": []},
+        CONTRADICTED: programs("generate", "tpu-v6e", dict(opcode="outfeed")),
+        OPEN: {"program": lambda name, at: None},
+    },
+    "transfer": {
+        SUPPORTED: models(),
+        CONTRADICTED: models(GLA={}),
+        OPEN: {"parity": {}},
+    },
+}
+CALLBACK = dict(kind="custom", primitive="xla_ffi_python_cpu_callback")
+scenarios = [(name, to) for name, turns in TURNS.items() for to in turns]
+
+
+@each_claim
+def test_what_a_claim_says_to_turn_it_is_what_is_shown_to_turn_it(claim):
+    """A rule that cannot turn is none: each has to be contradicted and agreed with."""
+    shown = TURNS[claim["id"]].keys() - {OPEN}
+    assert shown == claim["turns"].keys()
+    assert CONTRADICTED in shown and shown & {REPRODUCED, SUPPORTED}
+    universal = re.search(r"\bany\b.*(recurrence|model)", claim["words"])
+    assert not (universal and REPRODUCED in shown)
+
+
+@pytest.mark.parametrize(("name", "to"), scenarios)
+def test_a_verdict_turns(name, to):
+    assert verdict(name, **TURNS[name][to]) == to
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("kernels", dict(kind="custom", primitive="a_kernel")),
-        ("host", dict(opcode="outfeed")),
-        ("host", dict(kind="custom", primitive="xla_python_cpu_callback")),
+        (
+            "host",
+            programs(
+                "generate",
+                "cpu",
+                dict(kind="custom", primitive="xla_ffi_python_cpu_callback"),
+            ),
+        ),
+        ("host", {"program": without_loop}),
+        ("rounding", parity({"logits": 1.1e-5})),
+        ("transfer", models(RetNet={"error_of_other_code": 1.1e-5})),
+        ("memory", {"runs": [run("cpu"), run("cpu", size="370m", cache=1.001)]}),
+        ("memory", {"runs": [run("cpu", cache=1e9)]}),
+        ("bandwidth", {"rates": {s: 2 * r for s, r in BOOK.rates.items()}}),
+        ("bandwidth", runs(hbu=0.31)),
     ],
 )
-def test_one_bad_kernel_on_one_backend_contradicts(name, change):
-    def spoiled(name, target):
-        program = BOOK.program(name, target)
-        if target != "tpu-v6e":
-            return program
-        first, *rest = program.ops
-        bad = dataclasses.replace(first, **change)
-        return dataclasses.replace(program, ops=(bad, *rest))
-
-    assert verdict(name) in (SUPPORTED, REPRODUCED)
-    assert verdict(name, program=spoiled) == CONTRADICTED
+def test_other_changes_contradict_as_well(name, change):
+    assert verdict(name, **change) == CONTRADICTED
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("tokens", dict(greedy=63)),
-        ("rounding", dict(h=1e-3)),
-        ("rounding", dict(logits=1e-3)),
-        ("perplexity", dict(perplexity=[5.0, 5.001])),
-    ],
-)
-def test_a_difference_to_another_implementation_contradicts(name, change):
-    assert verdict(name) == SUPPORTED
-    parity = copy.deepcopy(BOOK.parity)
-    parity["cases"]["shipped"] |= change
-    assert verdict(name, parity=parity) == CONTRADICTED
-
-
-def test_a_model_that_is_off_contradicts_the_transfer():
-    assert verdict("transfer") == REPRODUCED
-    parity = copy.deepcopy(BOOK.parity)
-    parity["models"]["RetNet"]["error"] = 1e-2
-    assert verdict("transfer", parity=parity) == CONTRADICTED
+def test_the_estimate_of_prefill_speaks_only_where_it_can():
+    """Were its cycles a thousand times as many, the released program would disagree."""
+    assert verdict("prefill", runs=[]) == SUPPORTED
+    assert verdict("prefill", runs=[], **scaled(1000)) == CONTRADICTED
 
 
 def test_the_reader_gets_a_column_and_can_settle_a_claim():
-    run = on("tpu-v6e", "tpu", tflops=1e5)
-    plain = claims.table(CLAIMS, BOOK)
-    mine = claims.table(CLAIMS, BOOK, Evidence(runs=[run]))
-    at = mine.header.index("your machine")
-    assert plain.header == mine.header[:at] + mine.header[at + 1 :]
-    for before, after in zip(plain.rows, mine.rows, strict=True):
+    mine = Evidence(runs=[run(tflops=1e3)])
+    plain, both = claims.table(CLAIMS, BOOK), claims.table(CLAIMS, BOOK, mine)
+    at = both.header.index("your machine")
+    assert plain.header == both.header[:at] + both.header[at + 1 :]
+    for before, after in zip(plain.rows, both.rows, strict=True):
         assert before[2:at] == after[2:at]  # what the book has stays as it is
-    assert "tpu-v6e" in mine.rows[0][at]
-    assert plain.rows[0][1] == f"**{OPEN}**"
-    assert mine.rows[0][1] == f"**{REPRODUCED}**"
+    assert "tpu-v6e" in both.rows[0][at]
+    assert plain.rows[0][1] != f"**{REPRODUCED}**" == both.rows[0][1]
     worse = {"cases": {"shipped": BOOK.parity["cases"]["shipped"] | {"greedy": 1}}}
     worse["reference"] = BOOK.parity["reference"]
     row = claims.table(CLAIMS, BOOK, Evidence(parity=worse)).rows[IDS.index("tokens")]
@@ -265,4 +428,4 @@ def test_the_table_breaks_lines_and_marks_commands():
 @pytest.mark.parametrize("folder", ["text", None, 7, RECORDS / "runs"])
 def test_a_folder_without_claims_is_named(folder):
     with pytest.raises(ValueError, match=r"folder: .*; it must "):
-        evidence.load(folder)
+        claims.load(folder)

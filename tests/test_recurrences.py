@@ -229,18 +229,15 @@ def test_without_the_decay_mask_a_model_is_wrong(name):
 GOLDEN = np.load(Path(__file__).parent / "golden" / "recurrences.npz")
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in GOLDEN if n.startswith("y_") and not n.endswith("state")]
-)
-def test_a_model_equals_other_implementations(name):
-    """flash-linear-attention's references, transformers' xLSTM, mamba3-jax."""
+def beside_other_code(name):
+    """Our outputs for the inputs of others' code: fla, transformers or mamba3-jax."""
     w = {n: jnp.asarray(GOLDEN[n]) for n in GOLDEN}
     q, k, v = w["q"] / np.sqrt(N).astype(np.float32), w["k"], w["v"]
     log_f = -jax.nn.softplus(-w["forget_gate"])
     turn = -jnp.tanh(w["angle_projection"]) * np.pi * w["dt"][..., None]
     gates = w["dt"], w["A"], w["lam"]
     gamma = jnp.log1p(-jnp.exp2(-5 - jnp.arange(H, dtype=jnp.float32)))
-    ours, state = jax.jit(
+    return jax.jit(
         {
             "y_linear_attention": lambda: linear_attention(q, k, v),
             "y_normalized": lambda: linear_attention(abs(q), abs(k), v, normalize=True),
@@ -252,6 +249,13 @@ def test_a_model_equals_other_implementations(name):
             "y_mamba3": lambda: mamba3(v, *gates, k, w["q"], turn, chunk_size=8),
         }[name]
     )()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in GOLDEN if n.startswith("y_") and not n.endswith("state")]
+)
+def test_a_model_equals_other_implementations(name):
+    ours, state = beside_other_code(name)
     assert oracle.error(ours, GOLDEN[name]) <= 4e-6
     if name == "y_mamba3":
         assert oracle.error(state.h, GOLDEN["y_mamba3_state"]) <= 4e-6

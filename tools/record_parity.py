@@ -70,6 +70,20 @@ def kept(theirs: dict) -> dict:
     }
 
 
+FLA = "flash-linear-attention 0.6.0"
+OTHER_CODE = {  # model: (its outputs in tests/golden/recurrences.npz, whose they are)
+    "linear attention": ("y_linear_attention", FLA),
+    "normalized linear attention": ("y_normalized", FLA),
+    "simple GLA": ("y_simple_gla", FLA),
+    "RetNet": ("y_retention_unrotated", FLA),
+    "mLSTM": ("y_mlstm", "transformers 5.23.0"),
+    "Mamba-3": ("y_mamba3", "mamba3-jax 1.0.1"),
+    "GLA": ("y_gla", FLA),
+    "DeltaNet": ("y_delta_net", FLA),
+}
+DECAYS = {"GLA": "diagonal", "DeltaNet": "matrix"}  # of all others: one number a head
+
+
 def models() -> dict[str, dict]:
     """Error of each model in chunks, and whether it needs no code beside the form."""
     found = {}
@@ -79,7 +93,15 @@ def models() -> dict[str, dict]:
         y_star, _ = others.definition(name, loop, args)
         y, _ = others.run(name, args, 8)
         as_is = function.__module__ == "ssdlib.beyond.scalar_decay"
-        found[name] = {"error": float(oracle.error(y, y_star)), "as_is": as_is}
+        theirs, by = OTHER_CODE[name]
+        ours, _ = others.beside_other_code(theirs)
+        found[name] = {
+            "decay": DECAYS.get(name, "scalar"),
+            "as_is": as_is,
+            "error": float(oracle.error(y, y_star)),
+            "error_of_other_code": float(oracle.error(ours, others.GOLDEN[theirs])),
+            "other_code": by,
+        }
     return found
 
 

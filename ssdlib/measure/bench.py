@@ -49,6 +49,7 @@ class Program:
     sample: Callable[[], float]  # seconds of one pass, or of one step of the loop
     compile_seconds: float
     temp: int | None = None  # bytes beside arguments and results
+    cache: int | None = None  # bytes of the cache that decoding gives back
 
 
 def bench(
@@ -95,9 +96,9 @@ def bench(
     with jax.default_device(device), _explained(batch, lengths):
         load = record.load_average()
         programs, memory = _prepare(keys, sizes, params, device)
-        peak = _peak(device, dtype)
+        peak = _peak(device, dtype, memory["weights"])
         seconds = rounds({key: p.sample for key, p in programs.items()}, repeats)
-        peak = _peak(device, dtype, peak)
+        peak = _peak(device, dtype, memory["weights"], peak)
     facts["load"] = {"before": load, "after": record.load_average()}
     facts["memory"] = memory | {"peak": record.peak_memory(device)}
     facts["peak"] = None if peak is None else peak.peaks
@@ -141,11 +142,11 @@ def work(key: Key, config: Mamba2Config, batch: int, dtype: str = "float32") -> 
     return read(config, batch, T, itemsize)
 
 
-def _peak(device: jax.Device, dtype: str, before: Chip | None = None) -> Chip | None:
+def _peak(device, dtype: str, nbytes: int, before: Chip | None = None) -> Chip | None:
     """The chip's published peaks; a CPU's are measured, the best of two times."""
     if device.platform != "cpu":
         return (chip := CHIPS.get(chip_name(device))) and chip.at(dtype)
-    now = roofline.measure_cpu()
+    now = roofline.measure_cpu(nbytes=nbytes)
     if before is not None:
         flops = max(now.flops, before.flops)
         now = replace(now, flops=flops, bandwidth=max(now.bandwidth, before.bandwidth))
@@ -210,8 +211,11 @@ def _decoders(keys, params, config, cache, batch) -> dict[Key, Program]:
             _, cache = prefill(params, config, tokens[:, read:T], cache, piece=PIECE)
         read = T
         run = partial(generate, params, config, tokens[:, -1:], cache=cache)
-        first, again, _ = _seconds(run, LOOP), _seconds(run, LOOP), _seconds(run, 1)
-        programs["decode", T] = Program(partial(_step, run), max(0.0, first - again))
+        first, again, cached = _seconds(run, LOOP), _seconds(run, LOOP), run(1).cache
+        compiling = max(0.0, first - again)
+        programs["decode", T] = Program(
+            partial(_step, run), compiling, cache=cached.nbytes
+        )
     return programs
 
 

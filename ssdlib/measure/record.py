@@ -110,6 +110,7 @@ def row(key, batch: int, program, seconds: list[float], work: Work, chip) -> dic
         "samples": seconds,
         "compile_seconds": program.compile_seconds,
         "temp": program.temp,
+        "cache": program.cache,
         "tokens_per_second": batch * tokens / t,
         "ms_per_token": 1e3 * t / tokens,
         "tflops": work.flops / t / 1e12,

@@ -194,22 +194,25 @@ def _model(config, b, T, itemsize, ssd, states) -> Work:
 # --- the processor at hand -----------------------------------------------------------
 
 
-def measure_cpu(seconds: float = 1.0) -> Chip:
+def measure_cpu(seconds: float = 1.0, nbytes: int = 2**30) -> Chip:
     """Peaks of this CPU as XLA reaches them: the best of many runs, float32.
 
-    The product of two 2,000 x 2,000 matrices, and a sum over 1 GiB: of less, the figure
-    depends on the cache and on the pages in which it happens to lie. Other programs
+    FLOPs: the product of two 2,000 x 2,000 matrices. Bandwidth: a sum over a matrix of
+    `nbytes`, or its product with a vector. Give the bytes of the weights that a record
+    is about: what is read is then as far from the caches as they are. Other programs
     running make both slower.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         n = 2000
-        square, long = jnp.ones((n, n)), jnp.ones(2**28)
-        product = _best(jax.jit(lambda a: a @ a), square, seconds)
-        read = _best(jax.jit(jnp.sum), long, seconds)
+        square, long = jnp.ones((n, n)), jnp.ones((max(1, nbytes // 2**15), 2**13))
+        product = _best(lambda a: a @ a, square, seconds)
+        read = _best(jnp.sum, long, seconds)
+        read = min(read, _best(lambda W: W @ W[0], long, seconds))
     return Chip("this CPU", 2.0 * n**3 / product, long.nbytes / read, 0.0, "measured")
 
 
 def _best(fn, x, seconds: float) -> float:
+    fn = jax.jit(fn)
     fn(x).block_until_ready()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
