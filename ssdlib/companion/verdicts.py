@@ -101,7 +101,7 @@ def _speedup(claim, evidence):
 
 
 def _by_part(part: float, rows: list[dict], verdict: str) -> str:
-    """Nine tenths of a claimed speed are enough, less than half for all sizes too few."""
+    """Nine tenths of a claimed speed are enough; half of it for all sizes is not."""
     if part >= 0.9:
         return REPRODUCED
     return CONTRADICTED if part < 0.5 and _complete(rows) else verdict
