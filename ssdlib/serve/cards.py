@@ -19,12 +19,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ssdlib._checks import (
-    check_integers,
-    check_is,
-    check_range,
-    check_tokens,
-)
+from ssdlib._checks import check_integers, check_is, check_tokens
 from ssdlib.cache import Cache, check_cache, init_cache
 from ssdlib.checkpoint.weights import available
 from ssdlib.config import Mamba2Config
@@ -138,9 +133,8 @@ def rewind(
     outside the text, and for a cache of another model or whose rows differ in length.
     """
     params = checked_params(params, config)
-    check_tokens(tokens, config.vocab_size)
-    check_integers("position", position, ())
-    check_range("position", position, 0, tokens.shape[1])
+    tokens, _ = check_tokens(tokens, config.vocab_size)
+    position = int(check_integers("position", position, (), 0, tokens.shape[1]))
     best, read = init_cache(config, len(tokens), params["embedding"].dtype), 0
     check_is("caches", caches, list, tuple)
     for cache in caches:
@@ -155,7 +149,7 @@ def rewind(
             best, read = cache, most
     if read == position:
         return best
-    piece = min(bucket(int(position) - read), LONGEST)
+    piece = min(bucket(position - read), LONGEST)
     return prefill(params, config, tokens[:, read:position], best, piece=piece)[1]
 
 
