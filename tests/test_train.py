@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from train_tiny import (
     bits_per_byte,
-    corpus,
     loss,
     order2_bits_per_byte,
     train,
@@ -18,6 +17,7 @@ from train_tiny import (
 
 import ssdlib
 from ssdlib import Mamba2Config, init_params, load
+from ssdlib.companion.corpus import corpus
 
 SMALL = Mamba2Config.tiny(vocab_size=256, d_model=32, chunk_size=16)
 TINY = Path(ssdlib.__file__).parent / "tiny"

@@ -7,13 +7,11 @@ folder's `training.json` records how. Needs the `train` extra (optax).
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import lzma
 import math
 import platform
-import sysconfig
 import time
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib.checkpoint.weights import save
+from ssdlib.companion.corpus import corpus
 from ssdlib.config import Mamba2Config
 from ssdlib.evaluate import next_token_loss
 from ssdlib.model import ArrayLike, forward
@@ -42,50 +41,6 @@ TINY = Mamba2Config(
 DRAFT = replace(TINY, d_model=96, n_layers=2, n_heads=6, d_state=32)  # of `speculate`
 SIZES = {"tiny": TINY, "tiny-draft": DRAFT}
 TAIL = 24_000  # held-out bytes at the end of the corpus
-SEPARATOR = "\0"  # ends a document; the shipped model's end-of-text byte
-
-
-def corpus() -> bytes:
-    """Standard library docstrings, then the texts of `pydoc_data.topics`.
-
-    Both come with every CPython, so nothing is downloaded. A paragraph that was seen
-    before is dropped: topics quote each other at length, and a held-out tail that
-    repeats the training text would prove nothing. The bytes depend on the Python
-    version, so record their hash.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    documents = []
-    for text in [*_docstrings(), *(topics[name] for name in sorted(topics))]:
-        fresh = []
-        for paragraph in text.split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                fresh.append(paragraph.strip("\n"))
-        if fresh:
-            documents.append("\n\n".join(fresh) + "\n")
-    return SEPARATOR.join(documents).encode()
-
-
-def _docstrings(shortest: int = 120):
-    """Docstrings of the standard library in the order of its files, tests left out."""
-    library = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    for path in sorted(library.rglob("*.py")):
-        if skip & set(path.relative_to(library).parts):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        for node in ast.walk(tree):
-            if isinstance(node, documented):
-                text = ast.get_docstring(node)
-                if text and len(text) >= shortest:
-                    yield text
 
 
 def loss(
