@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from ssdlib import Mamba2Config, init_params, load, save
+from ssdlib.checkpoint.config_json import load_config
 from ssdlib.checkpoint.hub import INDEX
+from ssdlib.checkpoint.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("as_user")
 
@@ -251,3 +253,115 @@ def test_saving_writes_two_files_and_nothing_else(tmp_path):
     save(tmp_path / "a" / "b", init_params(CONFIG, jax.random.key(0)), CONFIG)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*"))
     assert files == ["a/b/config.json", "a/b/model.safetensors"]
+
+
+# --- thousands of mutations -----------------------------------------------------------
+
+LIKELY = (  # what configs of this and of other programs may hold
+    *("model_type", "norm_eps", "rms_norm_eps", "dt_limit", "rmsnorm", "D_has_hdim"),
+    *("norm_before_gate", "d_model", "n_layer", "ssm_cfg", "attn_layer_idx", "vocab"),
+    *("rms_norm", "hidden_act", "expand", "intermediate_size", "eos_token_id", "_x"),
+    *("layer_norm_epsilon", "time_step_limit", "tie_word_embeddings", "use_bias"),
+    *("tie_embeddings", "d_intermediate", "pad_vocab_size_multiple", *SIZES),
+)
+ORIGINAL = dict(d_model=32, n_layer=1, vocab_size=61, ssm_cfg=dict(layer="Mamba2"))
+ANY = (
+    *VALUES,
+    "mamba2",
+    False,
+    2,
+    8.0,
+    1e400,
+    -0.0,
+    "x" * 300,
+    "a\nb",
+    [3],
+    [0.0, 1.0],
+)
+ANY += ({"layer": "Mamba2", "headdim": 12}, {"__float__": "Infinity"}, [None] * 999)
+
+
+def one_line(error):
+    assert "\n" not in str(error)
+    assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["transformers", "mamba_ssm"])
+def test_a_thousand_changes_of_a_config_load_as_one_or_are_refused(
+    checkpoint, original, kind
+):
+    """Known and unknown keys, other types, nulls: never another kind of error."""
+    rng = np.random.default_rng(len(kind))
+    start = json.loads(original["config.json"]) if kind == "transformers" else ORIGINAL
+    folder, loaded = checkpoint(), 0
+    for _ in range(1000):
+        raw = dict(start)
+        for _ in range(rng.integers(1, 3)):
+            key = rng.choice([*LIKELY, *start])
+            if rng.random() < 0.2:
+                raw.pop(key, None)
+            else:
+                raw[key] = ANY[rng.integers(len(ANY))]
+        (folder / "config.json").write_text(json.dumps(raw))
+        try:
+            config = load_config(folder)
+        except ValueError as error:
+            one_line(error)
+        else:
+            assert isinstance(config, Mamba2Config)
+            loaded += 1
+    assert 10 < loaded < 900
+
+
+def tokenizer_json():
+    """A small tokenizer.json that has every part."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    vocab = {"<s>": 0, "<unk>": 1, "▁": 2, "a": 3, "b": 4, "ab": 5}
+    model = models.BPE(vocab, [("a", "b")], unk_token="<unk>", fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", None, [("<s>", 0)]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(4)
+    return json.loads(tokenizer.to_str())
+
+
+def places(tree, path=()):
+    """Every path into a tree of JSON."""
+    yield path
+    if isinstance(tree, (dict, list)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from places(value, (*path, key))
+
+
+def test_a_thousand_changes_of_a_tokenizer_read_text_or_are_refused(checkpoint):
+    rng, folder, whole = np.random.default_rng(0), checkpoint(), tokenizer_json()
+    paths, read = list(places(whole))[1:], 0
+    for _ in range(1000):
+        raw = json.loads(json.dumps(whole))
+        *path, last = paths[rng.integers(len(paths))]
+        tree = raw
+        for key in path:
+            tree = tree[key]
+        if rng.random() < 0.3:
+            del tree[last]
+        else:
+            tree[last] = ANY[rng.integers(len(ANY))]
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+        try:
+            tokenizer = load_tokenizer(folder)
+            ids = tokenizer.encode("ab ab, ☃")
+            assert isinstance(tokenizer.decode(ids), str)
+            assert len(ids) >= 3
+            read += 1
+        except ValueError as error:
+            one_line(error)
+    assert read > 100

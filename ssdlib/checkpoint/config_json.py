@@ -10,6 +10,7 @@ attention at 05c7460, fla/models/mamba2/configuration_mamba2.py.
 import math
 from pathlib import Path
 from reprlib import repr  # of what a file may hold: one line, cut where it is long
+from textwrap import shorten
 
 from ssdlib.checkpoint.hub import read_json, title
 from ssdlib.config import Mamba2Config
@@ -126,7 +127,7 @@ def load_config(folder: Path) -> Mamba2Config:
         fields["time_step_limit"] = _limit(fields["time_step_limit"])
         return Mamba2Config(**fields)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"config.json: {error}") from error
+        raise ValueError(f"config.json: {shorten(str(error), 300)}") from error
 
 
 def to_json(config: Mamba2Config) -> dict:

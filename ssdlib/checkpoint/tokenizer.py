@@ -1,5 +1,6 @@
 """Text to token ids and back: the repository's tokenizer, or plain bytes."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from reprlib import repr  # of what a file may hold: one line, cut where it is long
@@ -42,10 +43,8 @@ class _HubTokenizer:
                 "tokenizer.json needs the tokenizers package: pip install tokenizers, "
                 "or install ssdlib with the extra `text`"
             ) from error
-        try:
+        with _errors_named():
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # its parser raises plain exceptions
-            raise ValueError(f"{path.name}: not a tokenizer ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ends = map(self._tokenizer.token_to_id, ("<|endoftext|>", "</s>"))
@@ -53,7 +52,8 @@ class _HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of all of text. Raises ValueError if a part of it has none."""
-        encoding = self._tokenizer.encode(text)
+        with _errors_named():
+            encoding = self._tokenizer.encode(text)
         covered = bytearray(len(text))
         for start, end in encoding.offsets:
             covered[start:end] = b"x" * (end - start)
@@ -66,7 +66,20 @@ class _HubTokenizer:
 
     def decode(self, ids) -> str:
         """The text of these ids."""
-        return self._tokenizer.decode([int(i) for i in ids])
+        with _errors_named():
+            return self._tokenizer.decode([int(i) for i in ids])
+
+
+@contextlib.contextmanager
+def _errors_named():
+    """ValueError for all that goes wrong in `tokenizers`, a panic in Rust included."""
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception, plain or not
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"tokenizer.json: it does not work ({reason})") from error
 
 
 def added_text(tokenizer, prompt: list[int], parts: Iterable[list]) -> Iterator[str]:
