@@ -8,6 +8,8 @@ import pytest
 
 from ssdlib import Mamba2Config, config
 from ssdlib.__main__ import main
+from ssdlib.companion import commands
+from ssdlib.compiler import hlo
 from ssdlib.measure import roofline
 
 
@@ -113,6 +115,22 @@ def test_inspect_runs_the_program_on_the_attached_device(capsys, monkeypatch, wh
     said = re.search(r"A call took [\d.]+ ms .* kernels ([\d.]+)%, other events", out)
     assert 0 < float(said[1]) <= 100
     assert "cpu: compiled here for the attached device" in out
+
+
+@pytest.mark.parametrize("name, target", [("step_130m", "tpu-v6e"), ("step", "l40s")])
+def test_inspect_prints_a_time_with_its_interval_or_none(
+    capsys, monkeypatch, name, target
+):
+    program = hlo.load_record(name, target)
+    monkeypatch.setattr(commands, "compile_preset", lambda args, config: program)
+    status, out, err = run(capsys, "inspect", "--preset", "130m", "--target", target)
+    assert (status, err) == (0, "")
+    least = re.search(r"roofline of .*: ([\d.]+) ms at least", out)
+    time = re.search(r"estimate of its time: ([\d.]+) ms \(([\d.]+) to ([\d.]+)\)", out)
+    assert bool(time) == (target == "tpu-v6e")
+    if time:
+        middle, low, high = map(float, time.groups())
+        assert 0.95 * float(least[1]) < low <= middle < high
 
 
 def test_help_and_usage_from_a_shell():
