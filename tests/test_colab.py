@@ -257,6 +257,16 @@ assert jnp.matmul(wide[None], wide[None], precision="default") == 1
         rehearse.rehearse(path, False, tmp_path)
 
 
+def test_the_script_for_an_accelerator_is_valid_and_names_what_it_needs():
+    script = ROOT / "tools/on_accelerator.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    done = subprocess.run(["bash", script, "--needs"], capture_output=True, text=True)
+    assert {"jaxtyping", "safetensors", "nbclient", "pytest"} <= set(
+        done.stdout.split()
+    )
+    assert not {"jax", "jaxlib", "numpy"} & set(done.stdout.split())  # it replaces none
+
+
 # --- chips ----------------------------------------------------------------------------
 
 
