@@ -10,8 +10,8 @@
 #
 # OUT gets the records of `bench`, as chapter 09 takes them, loops.json, a log of each part,
 # and summary.txt with their exit statuses. A part that fails stops no other, and the script
-# then exits with 1. On a CPU it rehearses with tiny sizes. May be set: PYTHON, and LIMIT,
-# the seconds for all parts together.
+# then exits with 1. On a CPU it rehearses with tiny sizes. May be set: PYTHON; LIMIT, the
+# seconds for all parts together; PATIENCE, a factor on the seconds of each, for a busy host.
 set -uo pipefail
 needs="jaxtyping safetensors huggingface_hub tqdm tokenizers matplotlib ipywidgets ipykernel
   nbclient pytest hypothesis beartype jsonschema optax"
@@ -28,7 +28,7 @@ limit=$((all - 200)) # the last seconds are for tests and chapters
 : > "$out/summary.txt"
 
 part() { # part NAME SECONDS COMMAND...: run it, for no longer than that and what is left
-  local name=$1 most=$2 left=$((limit - SECONDS)) from=$SECONDS status
+  local name=$1 most=$((${PATIENCE:-1} * $2)) left=$((limit - SECONDS)) from=$SECONDS status
   shift 2
   ((left < most)) && most=$left
   if ((most < 10)); then
