@@ -13,13 +13,13 @@ from ssdlib._checks import check_is
 
 __all__ = ["fetch", "read_json", "resolve", "weight_files"]
 
-SHIPPED = ("tiny", "tiny-draft")  # folders of this package
+TINY = Path(__file__).parent.parent / "tiny"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 
 
 def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list[Path]]:
-    """(folder, weight files) of "tiny", "tiny-draft", a folder, a file or a hub id.
+    """(folder, weight files) of "tiny", a folder, a weight file or a hub id.
 
     Safetensors come first: one file, or the shards that an index names. Without them,
     `pytorch_model.bin` is taken; torch is looked for before it is downloaded. Raises
@@ -60,8 +60,8 @@ def fetch(source: str | Path, patterns: list[str], revision: str | None = None) 
     A file stands for its folder. Raises FileNotFoundError for a source or repository
     that does not exist, OSError for a download that fails.
     """
-    if source in SHIPPED:
-        return Path(__file__).parent.parent / source
+    if source == "tiny":
+        return TINY
     if Path(source).exists():
         return Path(source) if Path(source).is_dir() else Path(source).parent
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
