@@ -11,7 +11,7 @@ STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metada
 
 # What a chapter's outputs depend on besides its own code cells. The cache knows only the
 # cells, so a change in any of these empties it.
-SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/*/*.py ssdlib/tiny/* ssdlib/tiny-draft/* tests/golden/*) requirements.txt \
+SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/*/*.py ssdlib/tiny/* tests/golden/*) requirements.txt \
   $(wildcard book/results/*.* book/results/*/*))
 
 .NOTPARALLEL:

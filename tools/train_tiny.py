@@ -14,7 +14,6 @@ import math
 import platform
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -38,8 +37,6 @@ TINY = Mamba2Config(
     d_state=64,
     chunk_size=32,
 )
-DRAFT = replace(TINY, d_model=96, n_layers=2, n_heads=6, d_state=32)  # of `speculate`
-SIZES = {"tiny": TINY, "tiny-draft": DRAFT}
 TAIL = 24_000  # held-out bytes at the end of the corpus
 
 
@@ -149,23 +146,21 @@ def main() -> None:
         prog="python tools/train_tiny.py", description=__doc__.split("\n")[0]
     )
     parser.add_argument("folder", type=Path, help="where to write the model")
-    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = vars(parser.parse_args())
-    folder, size = args.pop("folder"), args.pop("size")
-    config = SIZES[size]
+    folder = args.pop("folder")
 
     text = corpus()
     rest, tail = text[:-TAIL], text[-TAIL:]
     print(f"{len(rest):,} bytes to train on, {len(tail):,} held out", flush=True)
     start = time.perf_counter()
-    params, losses = train(config, rest, **args, log=partial(print, flush=True))
+    params, losses = train(TINY, rest, **args, log=partial(print, flush=True))
     record = {
-        "command": f"python tools/train_tiny.py FOLDER --size {size} "
+        "command": "python tools/train_tiny.py FOLDER "
         + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in args.items()),
         "corpus": "standard library docstrings and pydoc_data.topics, deduplicated",
         "corpus_bytes": len(text),
@@ -181,13 +176,13 @@ def main() -> None:
             float(np.mean(losses[-200:])) / math.log(2), 4
         ),
         "held_out_bits_per_byte": {
-            "model": round(bits_per_byte(params, config, tail, rest[-4096:]), 4),
+            "model": round(bits_per_byte(params, TINY, tail, rest[-4096:]), 4),
             "xz -9, given the rest": round(xz_bits(tail, rest), 4),
             "order-2 byte model": round(order2_bits_per_byte(tail, rest), 4),
         },
         **args,
     }
-    save(folder, params, config)
+    save(folder, params, TINY)
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record["held_out_bits_per_byte"], indent=2))
 

@@ -14,14 +14,14 @@ from ssdlib._checks import check_is
 
 __all__ = ["fetch", "read_json", "resolve", "weight_files"]
 
-SHIPPED = ("tiny", "tiny-draft")  # folders of this package
+TINY = Path(__file__).parent.parent / "tiny"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 SUFFIXES = ".safetensors", ".bin", ".pt", ".pth", ".ckpt"  # all but the first: torch's
 
 
 def resolve(source: str | Path, revision: str | None = None) -> tuple[Path, list[Path]]:
-    """(folder, weight files) of "tiny", "tiny-draft", a folder, a file or a hub id.
+    """(folder, weight files) of "tiny", a folder, a weight file or a hub id.
 
     Safetensors come first, then what torch writes: one file, the shards that an index
     names, or shards that are all there. torch is looked for before its files are
@@ -94,8 +94,8 @@ def fetch(source: str | Path, patterns: list[str], revision: str | None = None) 
     A file stands for its folder. Raises FileNotFoundError for a source or repository
     that does not exist, OSError for a download that fails.
     """
-    if source in SHIPPED:
-        return Path(__file__).parent.parent / source
+    if source == "tiny":
+        return TINY
     path, shaped = Path(source), re.fullmatch(r"[^./~][^/]*/[^/]+", str(source))
     if path.is_dir() and str(source) and not any(path.iterdir()):
         hides = "; it hides the repository of that name on the hub" if shaped else ""

@@ -39,13 +39,12 @@ def load(
 ) -> tuple[Params, Mamba2Config]:
     """(params, config) from "tiny", a folder, a weight file or a hub id.
 
-    "tiny" is the byte-level model inside this package, "tiny-draft" a smaller one that
-    drafts for it. A hub id such as "org/name" is downloaded once, through the
-    `huggingface_hub` cache, at `revision`. Matrices are converted to `dtype`; decays,
-    skips and norms are float32. Names and shapes are checked before any weight is read,
-    and weights are read one by one, so the peak of memory is one copy of the model and
-    its largest tensor. In a terminal, loads of more than two seconds show their
-    progress.
+    "tiny" is the byte-level model inside this package. A hub id such as
+    "org/name" is downloaded once, through the `huggingface_hub` cache, at `revision`.
+    Matrices are converted to `dtype`; decays, skips and norms are float32. Names and
+    shapes are checked before any weight is read, and weights are read one by one, so
+    the peak of memory is one copy of the model and its largest tensor. In a terminal,
+    loads of more than two seconds show their progress.
 
     Raises OSError for a missing file, ImportError where a format needs torch, and
     ValueError that names the tensor or key for anything unknown, missing, double,
