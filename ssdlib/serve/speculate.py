@@ -223,7 +223,7 @@ def _speculation(
 
         count, ended = jnp.minimum(kept + 1, n - (end - start)), False
         if options.eos_id is not None:
-            ends = _window(text, end, k + 1)[..., None] == options.eos_id
+            ends = _window(text, end, k + 1)[..., None] == options.eos_id[None, None]
             ends = ends.any(axis=-1)
             ends &= ahead[None] < count[:, None]
             ended = ends.any(axis=1)
