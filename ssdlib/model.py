@@ -186,7 +186,7 @@ def _backbone(
     T = tokens.shape[1]
     r = axes.embed(params["embedding"], tokens, config.vocab_size)
     left = axes.real_tokens_from_here(lengths, T)
-    if left is not None:  # whatever the embedding of a padding token is, NaN included
+    if left is not None and ahead is None:  # so that padding may even be NaN
         r = jnp.where(_real(left, T)[..., None], r, 0)
     r, tails, h = pad_rows(r, rows or len(r)), [], []
     for i, p in enumerate(params["layers"]):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,7 @@ def test_a_prompt_near_a_piece_is_read_once_and_whole(n):
 
     params = init_params(CONFIG, jax.random.key(0))
     ids = np.random.default_rng(n).integers(0, 256, n).tolist()
-    rest, cache = read_ahead(params, CONFIG, ids)
+    rest, cache = read_ahead(params, CONFIG, ids, None)
     assert rest == ids[n - len(rest) :]
     assert len(rest) >= 2
     assert (0 if cache is None else int(cache.length[0])) == n - len(rest)
@@ -301,11 +302,21 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSI
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
 
 
+def process_of(*argv, **options):
+    """Python in a process of its own, which hears signals even if these tests do not.
+
+    A shell tells what it starts in the background to ignore interrupts.
+    """
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    if os.name == "posix":
+        options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    env = os.environ | QUIET
+    return subprocess.Popen([sys.executable, *argv], env=env, **options)
+
+
 def start(*argv, **options):
     """A command in a process of its own."""
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
-    command = [sys.executable, "-X", "faulthandler", "-m", "ssdlib", *argv]
-    return subprocess.Popen(command, env=os.environ | QUIET, **options)
+    return process_of("-X", "faulthandler", "-m", "ssdlib", *argv, **options)
 
 
 def lines(errors):
@@ -329,12 +340,7 @@ def test_an_interrupt_while_compiling_is_status_130_and_one_line(wait):
         "commands.compile_preset = told\n"
         "run()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | QUIET,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = process_of("-c", code)
     assert process.stdout.readline() == b"compiling\n"
     time.sleep(wait)
     process.send_signal(signal.SIGINT)

@@ -22,6 +22,7 @@ def row(what, length, **changes):
             samples=[0.04, 0.039, 0.05],
             compile_seconds=3.2,
             temp=None,
+            cache=None,
             tokens_per_second=25.0,
             ms_per_token=40.0 if decode else 4.0,
             tflops=0.007,
