@@ -70,11 +70,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
     """`main` as a process of its own, which ends without a crash in any case."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        leave_on_interrupt()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        leave_on_interrupt()  # last, so that its sockets are neither of these
     if status := main():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -302,21 +301,22 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSI
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
 
 
-def process_of(*argv, **options):
-    """Python in a process of its own, which hears signals even if these tests do not.
+# A shell tells what it starts in the background to ignore interrupts, and so may these
+# tests have been told.
+HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+MODULE = f"{HEAR}import runpy; runpy.run_module('ssdlib', run_name='__main__')"
 
-    A shell tells what it starts in the background to ignore interrupts.
-    """
+
+def process_of(*argv, **options):
+    """Python in a process of its own."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
-    if os.name == "posix":
-        options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     env = os.environ | QUIET
     return subprocess.Popen([sys.executable, *argv], env=env, **options)
 
 
 def start(*argv, **options):
     """A command in a process of its own."""
-    return process_of("-X", "faulthandler", "-m", "ssdlib", *argv, **options)
+    return process_of("-X", "faulthandler", "-c", MODULE, *argv, **options)
 
 
 def lines(errors):
@@ -340,7 +340,7 @@ def test_an_interrupt_while_compiling_is_status_130_and_one_line(wait):
         "commands.compile_preset = told\n"
         "run()"
     )
-    process = process_of("-c", code)
+    process = process_of("-c", HEAR + code)
     assert process.stdout.readline() == b"compiling\n"
     time.sleep(wait)
     process.send_signal(signal.SIGINT)
