@@ -74,7 +74,7 @@ bench: $(READY) ## time ssdlib beside what is installed: BENCH="--peers transfor
 
 # IMAGE=cpu or gpu: the other lists in tools/colab. CHAPTERS=book/*.ipynb: all, in an hour.
 IMAGE ?= tpu
-CHAPTERS ?= book/intro.ipynb book/01_recurrence.ipynb book/08_roofline.ipynb
+CHAPTERS ?= book/intro.ipynb book/01_recurrence.ipynb book/09_roofline.ipynb
 elsewhere: $(READY) ## run three chapters with the versions of Colab's TPU image
 	$(BIN)/python tools/imitate_colab.py --image $(IMAGE) $(CHAPTERS)
 

@@ -6,7 +6,7 @@
 For each size, with float32 and with bfloat16 weights, compiled for a TPU v6e: bytes by
 XLA's cost analysis of the program before it is optimized, where every operation reads
 and writes memory, and of the compiled one; by `ssdlib.compiler`, of the compiled one,
-which leaves out what stays on the chip; and of the weights. Chapter 08 holds them
+which leaves out what stays on the chip; and of the weights. Chapter 9 holds them
 against published times. Weights are shapes only and nothing is run.
 """
 

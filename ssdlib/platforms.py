@@ -3,7 +3,7 @@
     (a₁, h₁) ∘ (a₂, h₂) = (a₁ a₂, a₂ h₁ + h₂)
 
 A program holds one variant only, that of the platform for which it is lowered. Chapter
-14 shows in the compiled programs what each rule changes.
+12 shows in the compiled programs what each rule changes.
 
 A block that is spread over a mesh of devices needs seven things from other devices.
 Each is a method of `Axes`, and does nothing on one device. Along `seq`, segments
@@ -58,7 +58,7 @@ def with_enough_rows(fn, b, dtype):
     """fn(rows): rows is b, or more where products of few rows are slow.
 
     A TPU's matrix unit takes rows by eight, and XLA gives products of fewer to the
-    vector unit (chapter 08). On a CPU, XLA widens a whole bfloat16 matrix to multiply
+    vector unit (chapter 9). On a CPU, XLA widens a whole bfloat16 matrix to multiply
     it by one row; by two rows it calls a kernel that does not. Zeros beside the real
     rows are cheaper than either.
     """

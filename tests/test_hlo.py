@@ -396,8 +396,8 @@ def test_a_record_gives_back_the_program(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", THREE)
 def test_a_fresh_compilation_has_the_structure_of_the_record(name):
-    """`mask` of chapter 07, taken from the chapter itself."""
-    cells = json.loads((BOOK / "07_hlo.ipynb").read_text())["cells"]
+    """`mask` of chapter 8, taken from the chapter itself."""
+    cells = json.loads((BOOK / "08_hlo.ipynb").read_text())["cells"]
     cell = next(c for c in cells if "def mask(" in "".join(c["source"]))
     chapter = {"jnp": jnp, "jax": jax}
     exec("".join(cell["source"]), chapter)

@@ -1,6 +1,6 @@
 """Run chapters as Colab does: its versions, its install cell, no checkout beside them.
 
-    python tools/imitate_colab.py [--image cpu|gpu|tpu] [book/09_results.ipynb ...]
+    python tools/imitate_colab.py [--image cpu|gpu|tpu] [book/10_results.ipynb ...]
     python tools/imitate_colab.py --renew
 
 Makes an environment of the versions in tools/colab/IMAGE.txt, copies the chapters to an
@@ -100,7 +100,7 @@ def imitate(image: str, names: list[str], folder: Path, at: Path) -> None:
         raise SystemExit(f"the install cell changed the {image} image: {changes}")
     if "site-packages" not in ask(WHERE):
         raise SystemExit("the chapters did not run with the installed library")
-    if "09_results" in names:
+    if "10_results" in names:
         ask(RECORDS)
     print(f"as before on the {image} image:", versions(before))
 

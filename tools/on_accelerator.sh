@@ -8,7 +8,7 @@
 #
 #     pip download --dest WHEELS $(bash tools/on_accelerator.sh --needs)
 #
-# OUT gets the records of `bench`, as chapter 09 takes them, loops.json, a log of each part,
+# OUT gets the records of `bench`, as chapter 10 takes them, loops.json, a log of each part,
 # and summary.txt with their exit statuses. A part that fails stops no other, and the script
 # then exits with 1. On a CPU it rehearses with tiny sizes. May be set: PYTHON; LIMIT, the
 # seconds for all parts together; PATIENCE, a factor on the seconds of each, for a busy host.
@@ -54,7 +54,7 @@ kind=$("$python" -c "import jax; print(jax.devices()[0].platform)")
 
 sizes="130m 780m 2.7b" dtypes="float32 bfloat16" lengths=128,1024,4096
 tests="tests/test_forms.py tests/test_model.py tests/test_generate.py tests/test_parity.py"
-chapters="09_results 06_generation 07_hlo 14_performance" how=""
+chapters="10_results 06_generation 08_hlo 12_performance" how=""
 if [[ $kind == cpu ]]; then
   sizes=tiny dtypes=float32 lengths=16,64 chapters=06_generation how="-k=chunked or greedy"
 fi

@@ -56,7 +56,7 @@ def compiled():
     yield what, flops, source
     yield "Kernels in it", f"{ours.launches}; {name}: {theirs.launches}", source
     times = [estimate(program).ms for program in (ours, theirs)]
-    what = "Its time on a v6e, estimated (95 % interval, chapter 08; nothing was run)"
+    what = "Its time on a v6e, estimated (95 % interval, chapter 9; nothing was run)"
     yield what, f"{times[0]}; {name}: {times[1]}", "`book/results/calibration.json`"
 
 

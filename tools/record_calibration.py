@@ -5,7 +5,7 @@
 
 Compiles 27 programs for a TPU v6e that need not be there, and writes cycles, FLOPs and
 bytes beside the time that others measured for the same mathematics on a real one (see
-`SOURCE`). `ssdlib.measure.estimate` fits its model to the record, and chapter 08 shows
+`SOURCE`). `ssdlib.measure.estimate` fits its model to the record, and chapter 9 shows
 it. The programs are written anew: no code of that source is here. Those named as
 arguments are compiled and the other rows stay. Takes about ten minutes.
 """

@@ -1,6 +1,6 @@
 """Record every compilation that the chapters show: book/results/hlo/*.json.gz.
 
-    python tools/record_hlo.py [book/07_hlo.ipynb ...]
+    python tools/record_hlo.py [book/08_hlo.ipynb ...]
 
 Runs the chapters with SSDLIB_RECORD set, which makes `notebook.compiled` write what it
 compiles. Needs the compilers: pip install ".[tpu,cuda,book]". Takes minutes,
@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 
 BOOK = Path(__file__).parent.parent / "book"
-NAMES = ("07_hlo", "08_roofline", "09_results", "12_scale_out", "14_performance")
+NAMES = ("08_hlo", "09_roofline", "10_results", "15_scale_out", "12_performance")
 CHAPTERS = [BOOK / f"{name}.ipynb" for name in NAMES]
 
 

@@ -2,8 +2,8 @@
 
     python tools/record_parity.py
 
-Chapter 09 shows it. Runs the nine models of tests/golden/make_golden.py with torch and
-transformers on the CPU, live, and the models of chapter 11 against the loops of their
+Chapter 10 shows it. Runs the nine models of tests/golden/make_golden.py with torch and
+transformers on the CPU, live, and the models of chapter 13 against the loops of their
 papers. Needs the test extra and requirements-extras.txt. Takes about a minute.
 """
 

@@ -4,7 +4,7 @@
 
 Sets SSDLIB_FULL, so that the chapters take the path of a GPU or TPU, with sizes that
 `notebook.pick` reduces where a CPU needs it. With --tpu the default device computes as
-inexactly as a TPU (tpu_arithmetic.py), and `notebook.tolerance` knows. Chapter 12
+inexactly as a TPU (tpu_arithmetic.py), and `notebook.tolerance` knows. Chapter 15
 makes eight devices of a CPU, on a TPU too: it has no --tpu. Takes minutes a chapter.
 """
 

@@ -1,4 +1,4 @@
-"""Record what this jax makes of the programs that chapters 07 and 08 compile.
+"""Record what this jax makes of the programs that chapters 8 and 9 compile.
 
     python tools/versions.py
 
@@ -43,7 +43,7 @@ def main() -> None:
         startup.mkdir(parents=True)
         (startup / "log.py").write_text(STARTUP.format(str(lines)))
         env = os.environ | {"IPYTHONDIR": folder}
-        for name in ("07_hlo", "08_roofline"):
+        for name in ("08_hlo", "09_roofline"):
             nb = nbformat.read(ROOT / f"book/{name}.ipynb", as_version=4)
             where = {"metadata": {"path": folder}}
             # A claim of the page that another version refutes ends no recording.

@@ -2,7 +2,7 @@
 
 `paper.json` states each claim so that it can be tested, says whose code the evidence is
 about, and what would turn the verdict; `verdicts` has the rules. What the paper says,
-what was computed or compiled, and what was measured never share a column. Chapter 09
+what was computed or compiled, and what was measured never share a column. Chapter 10
 shows the table.
 """
 

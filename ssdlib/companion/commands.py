@@ -182,7 +182,7 @@ def inspect(args) -> None:
         chip = CHIPS[args.target]
         print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
     if args.target == estimate.TARGET:
-        print(f"estimate of its time: {estimate.estimate(program).ms}; see chapter 08")
+        print(f"estimate of its time: {estimate.estimate(program).ms}; see chapter 9")
     memory = ", ".join(f"{k} {count(v, 'B')}" for k, v in program.memory.items())
     print(f"memory: {memory}")
 

@@ -101,7 +101,7 @@ def tolerance(limit: float) -> float:
     """A limit of rounding errors that holds for float32 on a CPU, on this device.
 
     A TPU makes a float32 product of six products of bfloat16 pieces, and its exp, log
-    and rsqrt are off by some units in the last place: four times as much (chapter 10).
+    and rsqrt are off by some units in the last place: four times as much (chapter 11).
     """
     exact = not _accelerated() and os.environ.get("SSDLIB_ARITHMETIC") != "tpu"
     return limit if exact else 4 * limit

@@ -6,7 +6,7 @@ The roofline is that of what the compiler made, the cycles are its own estimate.
 and weight are fitted, by least squares in logarithms, to programs that were timed on a
 real chip (calibration.json, made by tools/record_calibration.py); the scale takes up
 the length of a cycle, so no clock is assumed. Each program is also left out of the fit
-in turn: the interval is the factor that 95 % of these errors stay below. Chapter 08
+in turn: the interval is the factor that 95 % of these errors stay below. Chapter 9
 shows the fit.
 """
 

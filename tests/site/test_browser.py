@@ -82,7 +82,7 @@ def test_paper_shows_the_text_alone(visit):
 
 
 def test_the_figures_to_play_with_are_there():
-    names = "02_duality", "03_chunking", "06_generation", "08_roofline"
+    names = "02_duality", "03_chunking", "06_generation", "09_roofline"
     assert {f"book/{name}.html" for name in names} <= set(SLIDERS)
 
 
