@@ -27,6 +27,7 @@ from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
 
 __all__ = [
+    "COLOR",
     "COLORS",
     "compiled",
     "compiled_over",
@@ -43,8 +44,32 @@ __all__ = [
     "tolerance",
 ]
 
-COLORS = ["#2f7ed8", "#d9822b", "#2a9d6e", "#cc4778", "#8a63d2", "#7f7f7f"]
 _INK = "#010203"  # stands for the page's own text color, light or dark
+# As drawn on a light page; book.css lightens each on a dark one (`--fig-blue`, ...).
+_HUES = {
+    "blue": "#1f6cc0",
+    "orange": "#b45309",
+    "green": "#1a7a52",
+    "pink": "#c0356a",
+    "purple": "#7448c4",
+    "gray": "#696969",
+    "teal": "#0b7680",
+    "gold": "#806600",
+    "red": "#c0392b",
+}
+COLORS = list(_HUES.values())[:6]  # for a series without a meaning of its own
+COLOR = {  # one color for one thing in the whole book
+    "state": _HUES["blue"],
+    "attention": _HUES["orange"],
+    "recurrence": _HUES["green"],
+    "dual": _HUES["pink"],
+    "chunked": _HUES["purple"],
+    "float32": _HUES["teal"],
+    "bfloat16": _HUES["gold"],
+    "int8": _HUES["red"],
+    "ours": _INK,
+    "theirs": _HUES["gray"],
+}
 _CHIPS = {"TPU": ("/dev/accel*", "/dev/vfio/[0-9]*"), "GPU": ("/dev/nvidia[0-9]*",)}
 
 try:
@@ -259,6 +284,8 @@ def _svg(figure, alt: str) -> str:
     plt.close(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    for name, hue in _HUES.items():
+        svg = svg.replace(f": {hue}", f": var(--fig-{name}, {hue})")
     prefix = "f" + hashlib.sha256(alt.encode()).hexdigest()[:6] + "-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)  # unique on a page
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
