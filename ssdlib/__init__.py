@@ -7,7 +7,7 @@ from ssdlib.compiler.hlo import compile_for
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import Generation, generate, stream
 from ssdlib.model import decode_step, forward, prefill
-from ssdlib.params import init_params
+from ssdlib.params import init_params, quantize
 from ssdlib.quadratic import decay_mask, segsum, ssd_quadratic
 from ssdlib.recurrence import ssd_recurrent, ssd_step
 from ssdlib.serve.cards import load_cache, rewind, save_cache
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "load_cache",
     "prefill",
+    "quantize",
     "rewind",
     "save",
     "save_cache",

@@ -11,6 +11,7 @@ import threading
 import jax
 
 from ssdlib.companion import commands
+from ssdlib.measure import bench as benchmark
 
 
 class Parser(argparse.ArgumentParser):
@@ -158,12 +159,12 @@ def add_model(p) -> None:
     p.add_argument(
         "--tokenizer", help="folder or hub id of a tokenizer.json outside the model"
     )
-    add_dtype(p, "float16")
+    add_dtype(p)
 
 
-def add_dtype(p, *more: str) -> None:
+def add_dtype(p) -> None:
     """Declare the dtype of the weights."""
-    kinds = ["float32", "bfloat16", *more]
+    kinds = benchmark.DTYPES
     p.add_argument("--dtype", choices=kinds, default="float32", help="of the weights")
 
 

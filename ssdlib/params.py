@@ -16,10 +16,12 @@ from jaxtyping import Array
 
 from ssdlib._checks import check_is, check_key, described, floating
 from ssdlib.config import Mamba2Config
+from ssdlib.int8 import Int8Matrix
 
-__all__ = ["Params", "check_params", "checked_params", "init_params"]
+__all__ = ["Params", "check_params", "checked_params", "init_params", "quantize"]
 
 Params = dict
+MATRICES = {"in", "out", "embedding", "head"}  # nearly all the weights
 
 
 def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
@@ -27,10 +29,13 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
 
     Decays, skips and norm weights stay float32. Initialization as the reference code:
     A in -[1, 16], dt in [0.001, 0.1] on a log scale, output projections scaled by
-    1 / sqrt(n_layers). Raises ValueError for a wrong config, key or dtype.
+    1 / sqrt(n_layers). "int8" is `quantize` of float32. Raises ValueError for a wrong
+    config, key or dtype.
     """
     check_is("config", config, Mamba2Config)
     check_key(key)
+    if is_int8(dtype):
+        return quantize(init_params(config, key))
     dtype = floating(dtype)
     d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
     f32, matrix = jnp.float32, partial(random_matrix, dtype)
@@ -71,6 +76,32 @@ def random_matrix(dtype, key, outputs, inputs, scale=1.0) -> Array:
     bound = scale / math.sqrt(inputs)
     W = jax.random.uniform(key, (outputs, inputs), jnp.float32, -bound, bound)
     return W.astype(dtype)
+
+
+def is_int8(dtype) -> bool:
+    """Whether this is the dtype of `quantize`, by name or type."""
+    return isinstance(dtype, (str, type, jnp.dtype)) and dtype in ("int8", jnp.int8)
+
+
+def quantize(params: Params) -> Params:
+    """The same parameters with matrices in eight bits, one scale for each output row.
+
+        |W - diag(scale) values| ≤ scale / 2,    scale_o = max_i |W_oi| / 127
+
+    Every function of the library takes them: decoding reads a quarter of the bytes of
+    float32. Norms, decays, skips, biases and the convolution, which are small, become
+    float32. Raises ValueError unless params are what `init_params` returns.
+    """
+    check_params(params)
+
+    def convert(key, value):
+        if isinstance(value, Int8Matrix):
+            return value
+        return Int8Matrix.of(value) if key in MATRICES else jnp.float32(value)
+
+    layers = tuple({k: convert(k, v) for k, v in p.items()} for p in params["layers"])
+    rest = {k: convert(k, v) for k, v in params.items() if k != "layers"}
+    return rest | {"layers": layers}
 
 
 def check_params(params, config=None, name="params") -> None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from ssdlib import int8
 from ssdlib.chunked import ssd_chunked, ssd_in_spans
 from ssdlib.recurrence import accumulator, log_decay, merge_heads, split_heads
 
@@ -79,8 +80,11 @@ def linear(W, u, dtype):
     matrix is widened first. In float32, a product of a few rows reads W in the order
     in which it is stored only if the rows lie side by side in the result; the barrier
     keeps the transpose after it from being moved into the product. One row alone waits
-    for memory, and XLA reads W faster as a few products than as one.
+    for memory, and XLA reads W faster as a few products than as one. Matrices of eight
+    bits are the same everywhere.
     """
+    if isinstance(W, int8.Int8Matrix):
+        return int8.product(W, u, dtype)
     rows = u.size // u.shape[-1]
 
     def plain(W, u, sums=dtype):
@@ -165,14 +169,16 @@ class Axes(NamedTuple):
     def embed(self, embedding, tokens, vocab_size):
         """Rows of the embedding, from the devices that have them; NaN for no token."""
         if self.model is None:
-            at = embedding.at[tokens]
             nan = dict(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-            r = at.get(**nan)
+            if isinstance(embedding, int8.Int8Matrix):
+                return embedding.take(tokens, **nan)
+            r = embedding.at[tokens].get(**nan)
             return r.astype(accumulator(r))
         v = len(embedding)
         row = tokens - lax.axis_index(self.model) * v
         here = ((row >= 0) & (row < v))[..., None]
-        r = jnp.where(here, embedding[jnp.clip(row, 0, v - 1)], 0)
+        r = embedding[jnp.clip(row, 0, v - 1)].astype(embedding.dtype)
+        r = jnp.where(here, r, 0)
         r = lax.psum(r.astype(accumulator(r)), self.model)
         return jnp.where(((tokens >= 0) & (tokens < vocab_size))[..., None], r, jnp.nan)
 

@@ -15,7 +15,7 @@ from textwrap import shorten
 from ssdlib.checkpoint.hub import read_json, title
 from ssdlib.config import Mamba2Config
 
-__all__ = ["load_config", "to_json"]
+__all__ = ["QUANTIZED", "load_config", "to_json"]
 
 TRANSFORMERS = {  # key: (field of Mamba2Config, the value of a key that is left out)
     "vocab_size": ("vocab_size", 32768),
@@ -66,12 +66,29 @@ FLA_KEYS = {
     "A_init_range",
     "fuse_norm",
 }
+QUANTIZED = {  # one scale a row, as github.com/vllm-project/compressed-tensors says it
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear", "Embedding"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "channel",
+            },
+        }
+    },
+}
 FIXED = {  # the values that this library computes
     "rms_norm": [True],
     "hidden_act": ["silu", "swish"],
     "is_encoder_decoder": [False],
     "add_cross_attention": [False],
     "pruned_heads": [{}],
+    "quantization_config": [QUANTIZED],
     "d_intermediate": [0],
     "layer": ["Mamba2"],
     "rmsnorm": [True],

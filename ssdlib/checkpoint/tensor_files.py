@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ssdlib.checkpoint.hub import check_torch, unique
+from ssdlib.int8 import Int8Matrix
 
 __all__ = ["headers"]
 
@@ -50,13 +51,19 @@ def _safetensors(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
         raise ValueError(
             f"{path.name}: not a readable safetensors file ({error})"
         ) from error
+    kinds = {name: (dtype, shape) for name, dtype, shape in about}
+    scales = {f"{name}_scale" for name, dtype, _ in about if dtype == "I8"}
     for name, dtype, shape in about:
-        if dtype not in ("F64", "F32", "F16", "BF16"):
+        read = partial(_read_safetensors, path, name)
+        if dtype == "I8" and kinds.get(f"{name}_scale") == ("F32", (*shape[:1], 1)):
+            read = partial(_read_int8, path, name)
+        elif dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(
                 f"{path.name}: tensor {name!r} is {dtype}; it must be floating point "
-                "of 16 bits or more"
+                "of 16 bits or more, or I8 with one scale a row as ssdlib.save writes"
             )
-        yield name, shape, partial(_read_safetensors, path, name)
+        if name not in scales:
+            yield name, shape, read
 
 
 def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
@@ -64,6 +71,12 @@ def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
     # until it is closed, and one mapping for all would make a second copy of the model.
     with safe_open(path, framework="numpy") as f:
         return f.get_slice(name)[index] if index else f.get_tensor(name)
+
+
+def _read_int8(path: Path, name: str, index: tuple = ()) -> Int8Matrix:
+    values = _read_safetensors(path, name, index[:1])  # whole rows, as in a conversion
+    scale = _read_safetensors(path, f"{name}_scale", index[:1])
+    return Int8Matrix(values, scale[:, 0])
 
 
 def _torch(path: Path) -> Iterator[tuple[str, tuple, Callable]]:

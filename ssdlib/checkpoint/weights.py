@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ssdlib._checks import check_is, floating
-from ssdlib.checkpoint.config_json import load_config, to_json
+from ssdlib.checkpoint.config_json import QUANTIZED, load_config, to_json
 from ssdlib.checkpoint.hub import resolve, weight_files
 from ssdlib.checkpoint.tensor_files import headers
 from ssdlib.config import Mamba2Config
-from ssdlib.params import Params, check_params
+from ssdlib.int8 import Int8Matrix
+from ssdlib.params import MATRICES, Params, check_params, is_int8
 
 __all__ = ["load", "save"]
 
@@ -41,7 +43,8 @@ def load(
 
     "tiny" is the byte-level model inside this package. A hub id such as
     "org/name" is downloaded once, through the `huggingface_hub` cache, at `revision`.
-    Matrices are converted to `dtype`; decays, skips and norms are float32. Names and
+    Matrices are converted to `dtype`; decays, skips and norms are float32. With "int8"
+    matrices are those of `quantize`, and all else is float32. Names and
     shapes are checked before any weight is read, and weights are read one by one, so
     the peak of memory is one copy of the model and its largest tensor. In a terminal,
     loads of more than two seconds show their progress.
@@ -50,7 +53,7 @@ def load(
     ValueError that names the tensor or key for anything unknown, missing, double,
     misshapen, not finite or unreadable.
     """
-    dtype = available(dtype)
+    dtype = _of_weights(dtype)
     config, stored, want = _open(source, revision)
     return _read(config, stored, want, dtype), config
 
@@ -64,18 +67,32 @@ def open_slices(
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
     """
-    dtype = available(dtype)
+    dtype = _of_weights(dtype)
     config, stored, want = _open(source, revision)
-    out = {}
+    out: dict = {}
     for name, (place, shape) in want.items():
         file, _, read = stored[name]
         if not file.endswith(".safetensors"):
             raise ValueError(f"{file}: no slices; convert it once with ssdlib.save")
         copy = stored.get(HEAD) if name == EMBEDDING and config.tie_embeddings else None
-        kind = jnp.float32 if place[1] in FLOAT32 else dtype
+        kind = _kind(place[1], dtype)
         part = partial(_read_part, file, name, read, copy and copy[2], kind)
-        out[place] = jax.ShapeDtypeStruct(shape, kind), part
+        like: Any = jax.ShapeDtypeStruct(shape, kind)
+        if kind == jnp.int8:
+            like = Int8Matrix(like, jax.ShapeDtypeStruct(shape[:1], jnp.float32))
+        out[place] = like, part
     return config, out
+
+
+def _of_weights(dtype) -> jnp.dtype:
+    """The dtype of the matrices: `available`, or int8."""
+    return jnp.dtype(jnp.int8) if is_int8(dtype) else available(dtype)
+
+
+def _kind(key: str, dtype) -> jnp.dtype:
+    """The dtype of a parameter where matrices have this one."""
+    whole = key in FLOAT32 or (dtype == jnp.int8 and key not in MATRICES)
+    return jnp.dtype(jnp.float32) if whole else dtype
 
 
 def available(dtype) -> jnp.dtype:
@@ -112,16 +129,19 @@ def _read(config, stored, want, dtype) -> Params:
             tensor = read()
             if name == EMBEDDING and config.tie_embeddings and HEAD in stored:
                 _check_tied(file, tensor, stored[HEAD][2]())
-            kind = jnp.dtype(jnp.float32) if key in FLOAT32 else dtype
-            (params if layer is None else params["layers"][layer])[key] = jnp.asarray(
-                _convert(file, name, tensor.reshape(shape), kind)
-            )
+            tensor = tensor[:, 0] if name.endswith("conv1d.weight") else tensor
+            value = _convert(file, name, tensor, _kind(key, dtype))
+            place = params if layer is None else params["layers"][layer]
+            place[key] = jax.tree.map(jnp.asarray, value)
             progress.update(math.prod(shape))
     return params
 
 
-def _read_part(file, name, read, read_copy, dtype, index) -> np.ndarray:
+def _read_part(file, name, read, read_copy, dtype, index) -> np.ndarray | Int8Matrix:
     """A part of a parameter."""
+    if dtype == jnp.int8:  # whole rows have one scale
+        W = _convert(file, name, read(index[:1]), dtype)
+        return Int8Matrix(W.values[:, *index[1:]], W.scale)
     values = read(index)
     if read_copy:
         _check_tied(file, values, read_copy(index))
@@ -137,18 +157,25 @@ def _check_tied(file, embedding, head) -> None:
         )
 
 
-def _convert(file, name, values, dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # in NumPy: nothing to compile
-        values = values.astype(dtype)
-    if not np.isfinite(values).all():
+def _convert(file, name, values, dtype):
+    """An array of this dtype, or an `Int8Matrix`, in NumPy: nothing to compile."""
+    whole = isinstance(values, Int8Matrix) and dtype == jnp.int8
+    if not whole:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32 if dtype == jnp.int8 else dtype)
+    if not np.isfinite(values.scale if whole else values).all():
         raise ValueError(
             f"{file}: tensor {name!r} has values that are not finite in {values.dtype}"
         )
-    return values
+    if whole or dtype != jnp.int8:
+        return values
+    return Int8Matrix.of(values, np)
 
 
 def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
     """Write config.json and model.safetensors; `transformers` and `load` read them.
+
+    Matrices of `quantize` are written as they are, and `transformers` refuses them.
 
     Weight files of an earlier model in this folder are removed, so that none of them
     is ever read with this config. Raises ValueError, before anything is written, for
@@ -166,6 +193,9 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
             raise ValueError(
                 f"params: {where} has shape {np.shape(value)}; config asks for {shape}"
             )
+        if isinstance(value, Int8Matrix):
+            tensors[name] = np.asarray(value.values)
+            name, value, shape = f"{name}_scale", value.scale, (*shape[:1], 1)
         value = np.asarray(value).reshape(_stored(name, shape))
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
@@ -182,7 +212,10 @@ def save(folder: str | Path, params: Params, config: Mamba2Config) -> None:
     save_file(tensors, new, metadata={"format": "pt"})
     for old in weight_files(folder):  # an index and its shards would be read first
         old.unlink()
-    (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+    about = to_json(config)
+    if any(v.dtype == np.int8 for v in tensors.values()):
+        about["quantization_config"] = QUANTIZED
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     new.rename(folder / "model.safetensors")
 
 

@@ -43,8 +43,7 @@ def load_model(args) -> tuple:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = load_tokenizer(args.model, args.revision)
-    dtype = jax.numpy.dtype(args.dtype)
-    return *load(args.model, dtype, args.revision), tokenizer
+    return *load(args.model, args.dtype, args.revision), tokenizer
 
 
 def read_text(name: str, path: str) -> str:
@@ -164,7 +163,7 @@ def inspect(args) -> None:
         sizes = config, args.batch
     else:
         sizes = config, args.batch, args.tokens
-    itemsize = {"float32": 4, "bfloat16": 2}[args.dtype]
+    itemsize = jnp.dtype(args.dtype).itemsize
     work = getattr(roofline, args.what)(*sizes, itemsize)
     cycles = (
         ""
@@ -179,7 +178,7 @@ def inspect(args) -> None:
         f"by hand:  {count(work.flops, 'FLOP')}, {count(work.bytes, 'B')} at least"
     )
     if args.target in CHIPS:
-        chip = CHIPS[args.target]
+        chip = CHIPS[args.target].at(args.dtype)
         print(f"roofline of {chip.name}: {work.seconds(chip) * 1e3:.3g} ms at least")
     if args.target == estimate.TARGET:
         print(f"estimate of its time: {estimate.estimate(program).ms}; see chapter 9")
@@ -206,7 +205,7 @@ def run_preset(args, config):
     """That program, run on the first device with random weights, kernel by kernel."""
     announce(f"running on {jax.devices()[0].device_kind}")
     fn, _, _, *rest = preset(args, config)
-    params = ssdlib.init_params(config, jax.random.key(0), jnp.dtype(args.dtype))
+    params = ssdlib.init_params(config, jax.random.key(0), args.dtype)
     rest = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), rest)
     return profile.measure(fn, params, config, *rest, donate_argnums=3)
 
@@ -224,7 +223,7 @@ def bench(args) -> None:
         name, which = args.preset, f"--preset {args.preset}"
     else:
         attached(args.target)  # before a long download
-        params, config = load(args.model, jax.numpy.dtype(args.dtype))
+        params, config = load(args.model, args.dtype)
         path = Path(args.model)  # a record tells no paths, but the owner of a hub id
         name = path.resolve().name
         which = f"--model {name if path.exists() else args.model}"

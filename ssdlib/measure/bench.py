@@ -36,6 +36,7 @@ __all__ = ["LENGTHS", "WHAT", "bench", "rounds", "shapes", "work"]
 
 WHAT = ("prefill", "decode", "uncached")
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # of the weights
 LOOP = 64  # tokens of a decode sample, less one
 PIECE = 128  # tokens read at a time before a decode sample
 
@@ -178,9 +179,9 @@ def _prepare(keys, sizes, params, device) -> tuple[dict[Key, Program], dict]:
             compiled[what, T] = program, seconds, temp
             progress.update()
     if params is None:
-        params = init_params(config, jax.random.key(0), jnp.dtype(dtype))
+        params = init_params(config, jax.random.key(0), dtype)
     params = jax.device_put(params, device)
-    cache = init_cache(config, batch, jnp.dtype(dtype))
+    cache = init_cache(config, batch, params["embedding"].dtype)
     programs = {}
     for (what, T), (program, *known) in compiled.items():
         tokens = jnp.asarray(_tokens(config, batch, T))
@@ -237,13 +238,9 @@ def _tokens(config, batch, T):
 
 def shapes(config: Mamba2Config, batch: int, dtype: str):
     """(weights, cache) without their values: to compile with."""
-    dtype = jnp.dtype(dtype)
-    return jax.eval_shape(
-        lambda: (
-            init_params(config, jax.random.key(0), dtype),
-            init_cache(config, batch, dtype),
-        )
-    )
+    weights = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    dtype = weights["embedding"].dtype
+    return weights, jax.eval_shape(lambda: init_cache(config, batch, dtype))
 
 
 def _nbytes(tree) -> int:
@@ -267,8 +264,8 @@ def _check(what, lengths, batch, dtype, repeats) -> None:
     check_size("repeats", repeats)
     if repeats < 3:
         raise ValueError(f"repeats: {repeats}; it must be 3 or more")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype: {dtype!r}; it must be float32 or bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r}; it must be of {', '.join(DTYPES)}")
 
 
 def _check_memory(need, free, device, what, T, batch) -> None:

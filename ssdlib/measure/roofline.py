@@ -181,10 +181,15 @@ def _model(config, b, T, itemsize, ssd, states) -> Work:
     check_size("itemsize", itemsize)
     n = parameters(config)
     head = config.vocab_size * config.d_model
-    matrices = n["in_proj"] + n["out_proj"] + n["conv"]
-    flops = 2.0 * b * T * matrices + 2.0 * b * head + ssd
+    matrices = n["in_proj"] + n["out_proj"]
+    flops = 2.0 * b * T * (matrices + n["conv"]) + 2.0 * b * head + ssd
     rows = 0 if config.tie_embeddings else b * T * config.d_model
     weights = itemsize * (matrices + head + rows) + 4.0 * n["vectors"]
+    if itemsize == 1:  # float32 beside them, and a scale for each output
+        itemsize = 4
+        outputs = config.d_inner + config.d_xBC + config.n_heads + config.d_model
+        weights += 4.0 * (config.vocab_size + config.n_layers * outputs)
+    weights += itemsize * n["conv"]
     conv = itemsize * (config.d_conv - 1) * config.d_xBC
     state = 4.0 * config.d_inner * config.d_state
     logits = 4.0 * b * config.vocab_size

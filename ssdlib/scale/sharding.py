@@ -14,6 +14,7 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), section 8.1; Shoeybi et al. 2019 (ar
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from ssdlib._checks import check_is, check_size, described, is_traced
 from ssdlib.cache import Cache, check_layout
 from ssdlib.checkpoint.weights import open_slices
 from ssdlib.config import Mamba2Config
+from ssdlib.int8 import Int8Matrix
 from ssdlib.params import Params
 from ssdlib.params import check_params as check_tree
 
@@ -56,7 +58,8 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh
 
 # --- what each device holds ----------------------------------------------------------
 
-AXIS = {"out": 1, "norm": None, "out_bias": None}  # which axis is split; else axis 0
+# Which axis is split; else axis 0. A scale belongs to a row.
+AXIS = {"out": 1, "out_scale": None, "norm": None, "out_bias": None}
 PER_HEAD = {"dt_bias", "A_log", "D"}
 
 
@@ -79,6 +82,7 @@ def local_config(config: Mamba2Config, mesh: AnyMesh) -> Mamba2Config:
 def _rows(config, mesh: AnyMesh, key: str, i: int) -> list[tuple[int, int]]:
     """The rows (columns of `out`) of a parameter that device i of `model` holds."""
     n, H, N, V = mesh.shape["model"], config.n_heads, config.d_state, config.vocab_size
+    key = key.removesuffix("_scale")
     if key in ("embedding", "head"):
         v = -(-V // n)  # the last devices are filled up with zeros
         return [(min(i * v, V), min((i + 1) * v, V))]
@@ -106,12 +110,18 @@ def spec(key: str) -> PartitionSpec:
 
 
 def map_params(fn, params: Params) -> Params:
-    """fn(layer or None, key, value) for every parameter."""
+    """fn(layer or None, key, value) for every parameter, twice for one in int8."""
+
+    def each(i, k, v):
+        if isinstance(v, Int8Matrix):
+            return Int8Matrix(fn(i, k, v.values), fn(i, f"{k}_scale", v.scale))
+        return fn(i, k, v)
+
     layers = tuple(
-        {k: fn(i, k, v) for k, v in layer.items()}
+        {k: each(i, k, v) for k, v in layer.items()}
         for i, layer in enumerate(params["layers"])
     )
-    return {k: fn(None, k, v) for k, v in params.items() if k != "layers"} | {
+    return {k: each(None, k, v) for k, v in params.items() if k != "layers"} | {
         "layers": layers
     }
 
@@ -125,7 +135,7 @@ def _place(config, mesh, key, value, read):
     axis, shape, size = AXIS.get(key, 0), list(value.shape), value.shape[0]
     sharding = NamedSharding(mesh, spec(key))
     if axis is not None:
-        if key in ("embedding", "head"):
+        if key.removesuffix("_scale") in ("embedding", "head"):
             size = -(-config.vocab_size // mesh.shape["model"])
         else:
             size = sum(b - a for a, b in _rows(config, mesh, key, 0))
@@ -181,8 +191,19 @@ def load(
     params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
     for (layer, key), (value, read) in parts.items():
         place = params if layer is None else params["layers"][layer]
-        place[key] = _place(config, mesh, key, value, read)
+        if isinstance(value, Int8Matrix):
+            values, scale = (partial(_part, read, name) for name in ("values", "scale"))
+            place[key] = Int8Matrix(
+                _place(config, mesh, key, value.values, values),
+                _place(config, mesh, f"{key}_scale", value.scale, scale),
+            )
+        else:
+            place[key] = _place(config, mesh, key, value, read)
     return params, config
+
+
+def _part(read, name, index):
+    return getattr(read(index), name)
 
 
 def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
@@ -274,9 +295,10 @@ def check_params(params, config, mesh) -> None:
     check_is("config", config, Mamba2Config)
     check_mesh(mesh)
     check_tree(params)
-    if is_traced(params["embedding"]):
+    embedding = jax.tree.leaves(params["embedding"])[0]
+    if is_traced(embedding):
         return
-    sharding = getattr(params["embedding"], "sharding", None)
+    sharding = getattr(embedding, "sharding", None)
     if getattr(sharding, "mesh", None) != mesh:
         raise ValueError(
             f"params: laid out as {sharding}; they must come from shard_by_head or "
