@@ -74,7 +74,7 @@ def _read_safetensors(path: Path, name: str, index: tuple = ()) -> np.ndarray:
 
 
 def _read_int8(path: Path, name: str, index: tuple = ()) -> Int8Matrix:
-    values = _read_safetensors(path, name, index[:1])  # whole rows, as in a conversion
+    values = _read_safetensors(path, name, index)
     scale = _read_safetensors(path, f"{name}_scale", index[:1])
     return Int8Matrix(values, scale[:, 0])
 

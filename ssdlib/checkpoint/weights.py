@@ -139,15 +139,16 @@ def _read(config, stored, want, dtype) -> Params:
 
 def _read_part(file, name, read, read_copy, dtype, index) -> np.ndarray | Int8Matrix:
     """A part of a parameter."""
-    if dtype == jnp.int8:  # whole rows have one scale
-        W = _convert(file, name, read(index[:1]), dtype)
-        return Int8Matrix(W.values[:, *index[1:]], W.scale)
-    values = read(index)
+    index, columns = (index[:1], index[1:]) if dtype == jnp.int8 else (index, ())
+    values = read(index)  # whole rows where a row has one scale
     if read_copy:
         _check_tied(file, values, read_copy(index))
     if name.endswith("conv1d.weight"):
         values = values[:, 0]
-    return _convert(file, name, values, dtype)
+    values = _convert(file, name, values, dtype)
+    if columns:
+        return Int8Matrix(values.values[:, *columns], values.scale)
+    return values
 
 
 def _check_tied(file, embedding, head) -> None:
