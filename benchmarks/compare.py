@@ -10,6 +10,7 @@ have been asked for the same logits; a ratio is ours over theirs within a round.
 that are not installed are named and skipped. What can be measured:
 
     peers   prefill of --prompt tokens, and greedy decoding after it
+    narrow  the same, ours in bfloat16 and int8 beside llama.cpp in as many bits
     limits  bandwidth, of a read of as many bytes as the float32 weights have, and
             float32 products, each by XLA, NumPy and torch
     own     `generate` for 256 tokens against 256 bare steps; batch 8 against 1
@@ -41,7 +42,7 @@ import ssdlib
 from ssdlib.compiler import targets
 from ssdlib.measure import bench, record, roofline
 
-WHAT = "peers", "limits", "own", "growth", "context"
+WHAT = "peers", "narrow", "limits", "own", "growth", "context"
 SETTLE = 0.1  # seconds: the threads of the last one stop spinning
 SAMPLE = 2.0  # seconds of decoding in a sample, at most about
 FEW = 8  # tokens of the least sample
@@ -84,7 +85,7 @@ def arguments(argv):
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--prompt", type=int, default=1024, help="tokens of a prefill")
     p.add_argument("--tokens", type=int, default=64, help="decoded, at most")
-    p.add_argument("--dtype", type=names, default="float32,bfloat16,q8_0")
+    p.add_argument("--dtype", type=names, default="float32,bfloat16,int8,q8_0")
     p.add_argument("--peers", type=names, default=",".join(PEERS))
     p.add_argument("--what", type=names, default=",".join(WHAT))
     p.add_argument("--threads", type=int, default=2)
@@ -203,13 +204,30 @@ def peers(run):
                     continue
                 with run.skipping(label), Peer(run, name, dtype) as peer:
                     same = report.agreement(logits(run, peer), want)
-                    for what, n_a, n_b in (
-                        ("prefill", (), ()),
-                        ("decode", (n,), (count(peer, run.args.tokens),)),
-                    ):
-                        a = ours.label, partial(ours, what, *n_a)
-                        b = label, partial(peer, what, *n_b)
-                        run.pair(what, a, b, **same)
+                    both_phases(
+                        run, (ours, n), (peer, count(peer, run.args.tokens)), same
+                    )
+
+
+def both_phases(run, ours, theirs, same):
+    """Pairs of prefill and of decode; each with the tokens of its decode sample."""
+    for what in ("prefill", "decode"):
+        a, b = (
+            (peer.label, partial(peer, what, *[n] * (what == "decode")))
+            for peer, n in (ours, theirs)
+        )
+        run.pair(what, a, b, **same)
+
+
+def narrow(run):
+    """Ours in 16 and in 8 bits a weight beside llama.cpp in as many."""
+    for dtype, theirs in (("bfloat16", "bfloat16"), ("int8", "q8_0")):
+        label = f"ours {dtype}, llama.cpp {theirs}"
+        with run.skipping(label), Peer(run, "ours", dtype) as ours:
+            want, n = logits(run, ours), count(ours, run.args.tokens)
+            with Peer(run, "llama.cpp", theirs) as peer:
+                same = report.agreement(logits(run, peer), want)
+                both_phases(run, (ours, n), (peer, count(peer, run.args.tokens)), same)
 
 
 def logits(run, peer):
@@ -243,10 +261,14 @@ def own(run):
     with run.skipping(report.BASE), Peer(run, "ours") as one:
         a = "generate(256)", partial(one, "generate", 256)
         run.pair("token", a, ("256 bare steps", partial(one, "steps", 256)))
-        with Peer(run, "ours", batch=8) as eight:
-            n = count(one, run.args.tokens), count(eight, run.args.tokens)
-            a = "batch 8", partial(eight, "decode", n[1])
-            run.pair("decode", a, ("batch 1", partial(one, "decode", n[0])))
+    for dtype in ("float32", "int8"):
+        label = f"ours {dtype}, batch 8"
+        with run.skipping(label), Peer(run, "ours", dtype) as one:
+            with Peer(run, "ours", dtype, batch=8) as eight:
+                n = count(one, run.args.tokens), count(eight, run.args.tokens)
+                a = f"{dtype}, batch 8", partial(eight, "decode", n[1])
+                b = f"{dtype}, batch 1", partial(one, "decode", n[0])
+                run.pair("decode", a, b)
 
 
 def growth(run):
@@ -268,7 +290,7 @@ def context(run):
         run.pair("decode", a, b)
 
 
-MEASURE = dict(zip(WHAT, (peers, limits, own, growth, context), strict=True))
+MEASURE = dict(zip(WHAT, (peers, narrow, limits, own, growth, context), strict=True))
 
 
 if __name__ == "__main__":

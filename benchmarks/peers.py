@@ -205,7 +205,7 @@ class Mlx(Worker):
 
 
 PEERS = {  # name: (worker, dtypes of its weights)
-    "ours": (Ours, ("float32", "bfloat16")),
+    "ours": (Ours, ("float32", "bfloat16", "int8")),
     "mamba2-jax": (Mamba2Jax, ("float32",)),
     "mamba2-jax-chunk1": (Mamba2Jax, ("float32",)),
     "transformers": (Transformers, ("float32", "bfloat16")),

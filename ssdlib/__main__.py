@@ -50,13 +50,16 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     return parser, subparsers.choices
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, keep: bool = False) -> int:
     """Run one command: 0 on success, 2 for what cannot be used or done, with one line.
 
-    141, as usual in a shell, where nobody reads the output any more.
+    141, as usual in a shell, where nobody reads the output any more. With `keep`, what
+    a model's commands compile stays on disk; those that show a compiler compile anew.
     """
     try:
         args = parsers()[0].parse_args(argv)
+        if keep and not getattr(args, "no_compile_cache", True):
+            commands.keep_programs()
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -76,7 +79,7 @@ def run() -> None:
             setattr(sys, name, open(os.devnull, "w"))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         leave_on_interrupt()  # last, so that its sockets are neither of these
-    if status := main():
+    if status := main(keep=True):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -160,6 +163,11 @@ def add_model(p) -> None:
         "--tokenizer", help="folder or hub id of a tokenizer.json outside the model"
     )
     add_dtype(p)
+    p.add_argument(
+        "--no-compile-cache",
+        action="store_true",
+        help="do not keep compiled programs in the user's cache folder",
+    )
 
 
 def add_dtype(p) -> None:

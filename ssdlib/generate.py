@@ -10,6 +10,7 @@ buffers: nothing grows, nothing is recompiled, and nothing visits the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -108,17 +109,29 @@ def stream(
 
     The same tokens as `generate`, with one host round trip a block: the next block is
     already running on the device while the caller handles this one. Ends early once
-    every row has met an `eos_id`. Arguments are checked at the call.
+    every row has met an `eos_id`. Arguments are checked at the call, and the prompt is
+    read. Two programs, of the prompt and of a block, are compiled side by side.
     """
-    limits = temperature, top_k, top_p, eos_id, key
-    params, start, options = _start(params, config, prompt, lengths, cache, limits)
+    check_size("max_new_tokens", max_new_tokens)
+    check_size("block", block)
+    limits, n = (temperature, top_k, top_p, eos_id, key), min(block, max_new_tokens)
+
+    def compile_a_block(params, start, options):
+        args = read, params, config, *start, np.int32(n), bucket(block), options
+        _program.lower(*args).compile()
+
+    args = params, config, prompt, lengths, cache, limits
+    params, start, options = _start(*args, most=1, meanwhile=compile_a_block)
     return run_blocks(read, params, config, start, max_new_tokens, options, block)
 
 
-def _start(params, config, prompt, lengths, cache, limits):
-    """Check; pad the prompt to its bucket, or read a long one but for its last token.
+def _start(
+    params, config, prompt, lengths, cache, limits, most=LONGEST, meanwhile=None
+):
+    """Check; pad the prompt to its bucket, or read one of more than `most` tokens.
 
-    Returns the parameters, where the generation starts, and its options.
+    Its last token is left. Returns the parameters, where the generation starts, and its
+    options. A thread calls `meanwhile` with them, cache and prompt still those before.
     """
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
@@ -129,7 +142,7 @@ def _start(params, config, prompt, lengths, cache, limits):
     else:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    if T <= LONGEST or is_traced(prompt):
+    if T <= most or is_traced(prompt):
         start = Start.of(prompt, bucket(T), lengths, cache, goes_on)
         return params, start, options
     masked, prompt = lengths is not None, np.asarray(prompt)
@@ -137,10 +150,15 @@ def _start(params, config, prompt, lengths, cache, limits):
     if goes_on:
         real = unless_ended(prompt, real, options.eos_id)
     earlier, last = np.maximum(real - 1, 0), np.maximum(real - 1, 0)[:, None]
-    _, cache = prefill(params, config, prompt, cache, earlier, piece=LONGEST)
-    prompt, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
-    start = Start(prompt, real if masked else None, cache, masked, False)
-    return params, start, options
+    prompt_left, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
+    start = Start(prompt_left, real if masked else None, cache, masked, False)
+    with ThreadPoolExecutor(1) as pool:
+        compiling = meanwhile and pool.submit(meanwhile, params, start, options)
+        piece = min(LONGEST, bucket(T))
+        _, cache = prefill(params, config, prompt, cache, earlier, piece=piece)
+        if compiling:
+            compiling.result()
+    return params, start._replace(cache=cache), options
 
 
 # --- the loop of any model ------------------------------------------------------------
@@ -256,9 +274,11 @@ def _generation(
         logits, cache = read(params, config, token[:, None], cache, read_now)
         return put(pick(logits, cache), *made), cache
 
-    logits, cache = read(params, config, prompt, cache, real)
     empty = jnp.full((b, size), fill, jnp.int32), jnp.zeros(b, jnp.int32)
-    made = put(pick(logits, cache), jnp.int32(0), alive, *empty)
+    made = prompt[:, 0], jnp.int32(0), alive, *empty
+    if prompt.shape[1] > 1:  # one token is read as all later ones are
+        logits, cache = read(params, config, prompt, cache, real)
+        made = put(pick(logits, cache), *made[1:])
     (*_, tokens, lengths), cache = jax.lax.while_loop(unfinished, step, (made, cache))
     return Generation(tokens, lengths, cache)
 

@@ -1,5 +1,6 @@
 """The command line, as a user runs it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -145,3 +146,23 @@ def test_help_and_usage_from_a_shell():
     assert done.returncode == 2
     assert "invalid choice: 'genrate'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_programs_are_kept_in_the_users_cache_folder_unless_told_otherwise(tmp_path):
+    def kept(*more):
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
+        command = "-m ssdlib generate A --max-new-tokens 20".split()
+        made = subprocess.run(
+            [sys.executable, *command, *more], env=env, capture_output=True, text=True
+        )
+        assert made.returncode == 0 and made.stdout.startswith("A")
+        files = [path for path in tmp_path.rglob("*-cache")]
+        return made.stdout, sorted(path.name for path in files)
+
+    text, programs = kept("--no-compile-cache")
+    assert programs == []
+    assert kept()[0] == text
+    again, programs = kept()
+    assert again == text and any("_generation" in name for name in programs)
+    assert kept() == (text, programs)  # nothing new is compiled

@@ -77,7 +77,9 @@ def test_targets_follow_from_medians_and_limits():
         ("decode", report.BASE, "ours bfloat16", [2.0] * 3, [1.5] * 3),
         ("prefill", report.BASE, "mamba2-jax float32", [5.0], [20.0]),
         ("prefill", "32768 tokens", "1024 tokens", [64.0], [1.0]),
-        ("decode", "batch 8", "batch 1", [4.0], [2.0]),
+        ("decode", "float32, batch 8", "float32, batch 1", [4.0], [2.0]),
+        ("decode", "ours int8", "llama.cpp q8_0", [1.0], [2.0]),
+        ("decode", "ours bfloat16", "llama.cpp float32", [9.0], [1.0]),  # no aim
     ]
     made = report.targets(facts(pairs, best), sizes)
     value = {t["name"]: t["value"] for t in made}
@@ -85,12 +87,13 @@ def test_targets_follow_from_medians_and_limits():
     assert value["decode: ours bfloat16 / float32"] == pytest.approx(0.75)
     assert value["prefill: ours / mamba2-jax float32"] == 0.25
     assert value["prefill: exponent, 1k to 32k"] == pytest.approx(log(64) / log(32))
-    assert value["tokens/s: batch 8 / batch 1"] == 4.0
+    assert value["tokens/s: float32, batch 8 / batch 1"] == 4.0
+    assert value["decode: ours int8 / llama.cpp q8_0"] == 0.5
     nbytes = roofline.decode(sizes, 1).bytes
     assert value["decode: share of read"] == pytest.approx(nbytes / 2.0 / 1e10)
     flops = roofline.prefill(sizes, 1, 64).flops
     assert value["prefill: share of in_projection"] == pytest.approx(flops / 5.0 / 7e9)
-    assert len(made) == len(value) == 7
+    assert len(made) == len(value) == 8
     assert all(("most" in t) != ("least" in t) for t in made)
 
 

@@ -82,7 +82,7 @@ def test_a_product_rounds_the_weights_alone(rows, dtype, monkeypatch):
 
     assert (off() <= bound).all()
     if dtype == jnp.float32:
-        monkeypatch.setattr(int8, "FINER", 1e9)  # no low byte
+        monkeypatch.setattr(int8, "FINER", 1e-9)  # no low byte
         with pytest.raises(AssertionError):
             assert (off() <= bound).all()
 

@@ -4,7 +4,11 @@
 standard error.
 """
 
+import contextlib
+import hashlib
 import math
+import os
+import platform
 import re
 import sys
 import time
@@ -34,6 +38,26 @@ def announce(what: str) -> None:
     """Print on standard error what takes seconds, if that is a terminal."""
     if sys.stderr.isatty():
         print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def keep_programs() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it has its own.
+
+    A folder for each kind of processor: a program for another one may not run here.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    flags = record.proc("/proc/cpuinfo", "flags")  # of x86; an ARM has Features
+    flags = flags or record.proc("/proc/cpuinfo", "Features")
+    kind = f"{platform.machine()} {flags} {jax.__version__}"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base, "ssdlib", hashlib.sha256(kind.encode()).hexdigest()[:12])
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_compilation_cache_max_size", 2**30)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def load_model(args) -> tuple:

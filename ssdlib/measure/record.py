@@ -59,7 +59,7 @@ def provenance(device: jax.Device) -> dict:
             "kind": device.device_kind,
             "count": len(jax.devices(device.platform)),
             "used": 1,
-            "host": _proc("/proc/cpuinfo", "model name") or platform.machine(),
+            "host": proc("/proc/cpuinfo", "model name") or platform.machine(),
             "cores": _cores(),
         },
     }
@@ -238,11 +238,11 @@ def _cores() -> int:
 
 
 def _kilobytes(file: str, key: str) -> int | None:
-    value = _proc(file, key)
+    value = proc(file, key)
     return None if value is None else 1024 * int(value.split()[0])
 
 
-def _proc(file: str, key: str) -> str | None:
+def proc(file: str, key: str) -> str | None:
     """The value of the first line `key : value`; None if there is none."""
     try:
         lines = Path(file).read_text().splitlines()
