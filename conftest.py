@@ -1,7 +1,9 @@
 """Let nbmake fill the jupyter-cache, so that the book runs no chapter a second time."""
 
 import copy
+import fcntl
 from datetime import datetime
+from pathlib import Path
 
 
 def pytest_addoption(parser):
@@ -27,9 +29,12 @@ def pytest_configure(config):
             bundle = CacheBundleIn(
                 nb, str(self.filename), data={"execution_seconds": seconds}
             )
-            get_cache(path).cache_notebook_bundle(
-                bundle, check_validity=False, overwrite=True
-            )
+            Path(path).mkdir(parents=True, exist_ok=True)
+            with open(Path(path, "lock"), "w") as lock:  # one worker at a time writes
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                get_cache(path).cache_notebook_bundle(
+                    bundle, check_validity=False, overwrite=True
+                )
         return result
 
     NotebookRun.execute = execute
