@@ -52,13 +52,13 @@ def same_cache(a, b, tolerance=1e-5):
 )
 def test_greedy_tokens_are_those_of_generate_whoever_drafts(name, k):
     draft = DRAFTS[name]
-    want = generate(PARAMS, CONFIG, PROMPT, 40)
-    got = speculate(PARAMS, CONFIG, PROMPT, 40, draft=draft, k=k)
+    want = generate(PARAMS, CONFIG, PROMPT, 30)
+    got = speculate(PARAMS, CONFIG, PROMPT, 30, draft=draft, k=k)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.lengths, want.lengths)
     same_cache(got.cache, want.cache)
-    least = -(-40 // (k + 1))
-    assert all(least <= n <= 40 for n in got.passes)
+    least = -(-30 // (k + 1))
+    assert all(least <= n <= 30 for n in got.passes)
     if draft is DRAFTS["the model itself"]:  # all k proposals kept, and one more
         np.testing.assert_array_equal(got.passes, [least] * 3)
         same_cache(got.draft_cache, want.cache)
@@ -85,9 +85,9 @@ def test_going_on_gives_the_tokens_of_one_call(name, ends):
     if ends:
         how |= dict(eos_id=int(whole.tokens[2, 4]))
         whole = generate(PARAMS, CONFIG, PROMPT, 30, eos_id=how["eos_id"])
-    first = speculate(PARAMS, CONFIG, PROMPT, 13, **how)
+    first = speculate(PARAMS, CONFIG, PROMPT, 14, **how)
     caches = dict(cache=first.cache, draft_cache=first.draft_cache)
-    rest = speculate(PARAMS, CONFIG, first.tokens[:, -1:], 17, **how, **caches)
+    rest = speculate(PARAMS, CONFIG, first.tokens[:, -1:], 16, **how, **caches)
     tokens = np.concatenate([first.tokens, rest.tokens], axis=1)
     np.testing.assert_array_equal(tokens, whole.tokens)
     np.testing.assert_array_equal(first.lengths + rest.lengths, whole.lengths)
