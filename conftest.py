@@ -1,7 +1,6 @@
 """Let nbmake fill the jupyter-cache, so that the book runs no chapter a second time."""
 
 import copy
-import fcntl
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +13,8 @@ def pytest_configure(config):
     path = config.getoption("--nb-cache")
     if not path:
         return
+    import fcntl  # where Jupyter runs chapters for CI; Windows has none
+
     from jupyter_cache import get_cache
     from jupyter_cache.base import CacheBundleIn
     from nbmake.nb_run import NotebookRun
