@@ -2,6 +2,7 @@
 
 import copy
 from datetime import datetime
+from pathlib import Path
 
 
 def pytest_addoption(parser):
@@ -12,6 +13,8 @@ def pytest_configure(config):
     path = config.getoption("--nb-cache")
     if not path:
         return
+    import fcntl  # where Jupyter runs chapters for CI; Windows has none
+
     from jupyter_cache import get_cache
     from jupyter_cache.base import CacheBundleIn
     from nbmake.nb_run import NotebookRun
@@ -27,9 +30,12 @@ def pytest_configure(config):
             bundle = CacheBundleIn(
                 nb, str(self.filename), data={"execution_seconds": seconds}
             )
-            get_cache(path).cache_notebook_bundle(
-                bundle, check_validity=False, overwrite=True
-            )
+            Path(path).mkdir(parents=True, exist_ok=True)
+            with open(Path(path, "lock"), "w") as lock:  # one worker at a time writes
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                get_cache(path).cache_notebook_bundle(
+                    bundle, check_validity=False, overwrite=True
+                )
         return result
 
     NotebookRun.execute = execute

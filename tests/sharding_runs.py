@@ -123,29 +123,33 @@ def sent(shape, change):
     return counts, parallel.bytes_sent(config, mesh, 8, T)
 
 
-def segments(regime):
+def segments(regimes):
     """Errors of eight segments in float64 against the definition, whole and broken."""
     mesh = sharding.make_mesh(seq=8)
+    token, whole = PartitionSpec(None, "seq"), PartitionSpec()
+    specs = (token, token, whole, token, token, whole, whole)
+    run = jax.shard_map(
+        lambda *a: platforms.ssd_segment(*a, chunk_size=3),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(token, whole),
+    )
+    right, broken = jax.jit(run), jax.jit(lambda *a: run(*a))
+    keep, errors = jax.lax.ppermute, {}
+
+    def lose(v, axis, pairs):  # the pair from one device to the left gets lost
+        return keep(v, axis, pairs[1:])
+
     with enable_x64(True):
-        arrays = ssd_inputs(40, regime=regime, dtype=np.float64)
-        y_star, h_star = ssd(*arrays)
-        token, whole = PartitionSpec(None, "seq"), PartitionSpec()
-        specs = (token, token, whole, token, token, whole, whole)
-        run = jax.shard_map(
-            lambda *a: platforms.ssd_segment(*a, chunk_size=3),
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=(token, whole),
-        )
-        y, h = jax.jit(run)(*arrays)
-        keep = jax.lax.ppermute
-
-        def lose(v, axis, pairs):  # the pair from one device to the left gets lost
-            return keep(v, axis, pairs[1:])
-
-        with mock.patch.object(jax.lax, "ppermute", lose):
-            y_broken, _ = jax.jit(lambda *a: run(*a))(*arrays)
-    return dict(y=error(y, y_star), h=error(h, h_star), broken=error(y_broken, y_star))
+        for regime in regimes:
+            arrays = ssd_inputs(40, regime=regime, dtype=np.float64)
+            y_star, h_star = ssd(*arrays)
+            y, h = right(*arrays)
+            with mock.patch.object(jax.lax, "ppermute", lose):
+                y_broken, _ = broken(*arrays)
+            pairs = dict(y=(y, y_star), h=(h, h_star), broken=(y_broken, y_star))
+            errors[regime] = {name: error(*pair) for name, pair in pairs.items()}
+    return errors
 
 
 def two(port, rank):
@@ -225,8 +229,7 @@ if sys.argv[1] == "cards":
     result = cards(sys.argv[2])
 elif eight:
     result = {name: model(*case) for name, case in CASES.items()}
-    regimes = ("weak decay", "published", "mixed decay")
-    result["ssd"] = {name: segments(name) for name in regimes}
+    result["ssd"] = segments(("weak decay", "published", "mixed decay"))
     result["sent"] = sent(*CASES["2x2x2"])
     meshes = {"1x8": (1, 1, 8), "2x4": (2, 1, 4), "8x1": (8, 1, 1)}
     result["spread"] = {name: spread(shape) for name, shape in meshes.items()}

@@ -301,6 +301,13 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSI
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_cache_of_programs(tmp_path_factory):
+    """The processes below run the same programs: the first one compiles them."""
+    QUIET["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))
+    QUIET["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
 # A shell tells what it starts in the background to ignore interrupts, and so may these
 # tests have been told.
 HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -46,13 +46,12 @@ VARIANTS = {
 
 def disturbed(params, seed=1):
     """Random values for what `init_params` leaves at one or zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [
-        v + 0.1 * jax.random.normal(k, v.shape)
-        for v, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noise)
+    rng = np.random.default_rng(seed)
+
+    def noisy(v):
+        return jnp.asarray(v + 0.1 * rng.standard_normal(v.shape), v.dtype)
+
+    return jax.tree.map(noisy, jax.tree.map(np.asarray, params))
 
 
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS.keys())
@@ -73,7 +72,7 @@ def test_the_model_equals_the_oracle_on_the_saved_checkpoint(change, tmp_path):
 
 
 @settings(max_examples=15, deadline=None)
-@given(cuts=st.sets(st.integers(1, T - 1), max_size=3))
+@given(cuts=st.sets(st.sampled_from([1, 7, 8, 14, T - 1])))  # few lengths of a part
 def test_any_split_carried_by_the_cache_equals_the_whole(cuts):
     """transformers #46741: a later multi-token call must not take a one-token path."""
     edges = [0, *sorted(cuts), T]
@@ -102,7 +101,7 @@ def test_steps_from_nothing_equal_forward():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, T), min_size=3, max_size=3),
+    lengths=st.lists(st.sampled_from([1, 3, 8, 13, T]), min_size=3, max_size=3),
     junk=st.integers(0, CONFIG.vocab_size - 1),
     continued=st.booleans(),
 )
@@ -250,8 +249,9 @@ def test_reading_in_pieces_gives_the_logits_and_the_cache_of_one_pass(piece):
         cut = prefill(PARAMS, CONFIG, TOKENS, before, lengths, piece)
         for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
             assert oracle.error(a, b) <= 1e-5
-    rows = jax.jit(lambda tokens: prefill(PARAMS, CONFIG, tokens, piece=piece))(TOKENS)
-    assert oracle.error(rows[0], prefill(PARAMS, CONFIG, TOKENS)[0]) <= 1e-5
+    tokens = TOKENS[:, : 2 * piece + 1]  # three pieces, for the compiler's sake
+    rows = jax.jit(lambda tokens: prefill(PARAMS, CONFIG, tokens, piece=piece))(tokens)
+    assert oracle.error(rows[0], prefill(PARAMS, CONFIG, tokens)[0]) <= 1e-5
 
 
 BAD_LENGTHS = {
@@ -320,27 +320,26 @@ def test_an_unknown_preset_is_named():
         Mamba2Config.preset("7b")
 
 
-@pytest.mark.parametrize("T", [1, 5, 40])
-def test_float16_is_as_near_to_float32_as_bfloat16(T):
+@pytest.mark.parametrize(("b", "T"), [(3, 1), (1, 5), (3, 40)])
+def test_float16_is_as_near_to_float32_as_bfloat16(b, T):
     """A T4 has no bfloat16. Forward, prefill, a step and the loop, rows of 1 and 3."""
     config = Mamba2Config.tiny()
     params = init_params(config, jax.random.key(0))
-    for b in (1, 3):
-        tokens = np.random.default_rng(b).integers(0, config.vocab_size, (b, T))
+    tokens = np.random.default_rng(b).integers(0, config.vocab_size, (b, T))
 
-        def errors(dtype, tokens=tokens):
-            half = init_params(config, jax.random.key(0), dtype)
-            logits, cache = prefill(half, config, tokens)
-            after, _ = decode_step(half, config, tokens[:, 0], cache)
-            exact, cache = prefill(params, config, tokens)
-            want, _ = decode_step(params, config, tokens[:, 0], cache)
-            whole = forward(half, config, tokens)
-            full = forward(params, config, tokens)
-            pairs = (logits, exact), (after, want), (whole, full)
-            return [oracle.error(a, b) for a, b in pairs]
+    def errors(dtype):
+        half = init_params(config, jax.random.key(0), dtype)
+        logits, cache = prefill(half, config, tokens)
+        after, _ = decode_step(half, config, tokens[:, 0], cache)
+        exact, cache = prefill(params, config, tokens)
+        want, _ = decode_step(params, config, tokens[:, 0], cache)
+        whole = forward(half, config, tokens)
+        full = forward(params, config, tokens)
+        pairs = (logits, exact), (after, want), (whole, full)
+        return [oracle.error(a, b) for a, b in pairs]
 
-        for ours, theirs in zip(errors(jnp.float16), errors(jnp.bfloat16), strict=True):
-            assert ours <= theirs
-        half = init_params(config, jax.random.key(0), jnp.float16)
-        made = generate(half, config, tokens, 5)
-        assert made.tokens.shape == (b, 5)
+    for ours, theirs in zip(errors(jnp.float16), errors(jnp.bfloat16), strict=True):
+        assert ours <= theirs
+    half = init_params(config, jax.random.key(0), jnp.float16)
+    made = generate(half, config, tokens, 5)
+    assert made.tokens.shape == (b, 5)

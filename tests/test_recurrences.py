@@ -111,7 +111,7 @@ def definition(name, loop, args):
 
 @each_model
 def test_a_model_equals_the_loop_of_its_paper_in_float32(name):
-    _, args, loop = case(name, 37)
+    _, args, loop = case(name, 23)  # as below, to compile it once
     y_star, _ = definition(name, loop, args)
     y, _ = run(name, args, 8)
     assert y.dtype == jnp.float32
@@ -162,11 +162,12 @@ def test_mamba3_returns_the_state_of_its_paper_turned_back_by_all_angles():
 def test_a_model_run_token_by_token_equals_chunked(name):
     _, args, _ = case(name, 23)
     y, state = run(name, args, 8)
+    args = list(map(np.asarray, args))
     at, ys = None, []
     for t in range(23):
         y_t, at = run(name, [w[:, t : t + 1] for w in args], 8, at)
         ys.append(y_t)
-    assert oracle.error(jnp.concatenate(ys, axis=1), y) <= 4e-6
+    assert oracle.error(np.concatenate(ys, axis=1), y) <= 4e-6
     for ours, theirs in zip(state_arrays(at), state_arrays(state), strict=True):
         assert oracle.error(ours, theirs) <= 4e-6
 
@@ -175,9 +176,10 @@ def test_a_model_run_token_by_token_equals_chunked(name):
 def test_a_model_carries_its_state_across_a_split(name):
     _, args, _ = case(name, 23)
     y, state = run(name, args, 8)
+    args = list(map(np.asarray, args))
     y1, mid = run(name, [w[:, :13] for w in args], 8)
     y2, end = run(name, [w[:, 13:] for w in args], 8, mid)
-    assert oracle.error(jnp.concatenate([y1, y2], axis=1), y) <= 4e-6
+    assert oracle.error(np.concatenate([y1, y2], axis=1), y) <= 4e-6
     for ours, theirs in zip(state_arrays(end), state_arrays(state), strict=True):
         assert oracle.error(ours, theirs) <= 4e-6
 

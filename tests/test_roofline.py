@@ -155,7 +155,7 @@ def test_the_count_can_be_wrong():
 )
 @pytest.mark.parametrize(
     ("preset", "dtype"),
-    [*((preset, jnp.float32) for preset in PRESETS), ("130m", jnp.bfloat16)],
+    [("130m", jnp.float32), ("2.7b", jnp.float32), ("130m", jnp.bfloat16)],
 )
 def test_decode_work_is_within_5_percent_of_a_compiled_step(preset, dtype):
     """Bytes and FLOPs of the program for an L40S, which fuses most."""

@@ -37,7 +37,6 @@ DRAFTS = {
     "a relative": ModelDraft(noisy(PARAMS, 0.03), CONFIG),
     "the model itself": ModelDraft(PARAMS, CONFIG),
 }
-each_draft = pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS.keys())
 
 
 def same_cache(a, b, tolerance=1e-5):
@@ -48,16 +47,18 @@ def same_cache(a, b, tolerance=1e-5):
 # --- greedy ---------------------------------------------------------------------------
 
 
-@each_draft
-@pytest.mark.parametrize("k", [1, 4])
-def test_greedy_tokens_are_those_of_generate_whoever_drafts(draft, k):
-    want = generate(PARAMS, CONFIG, PROMPT, 40)
-    got = speculate(PARAMS, CONFIG, PROMPT, 40, draft=draft, k=k)
+@pytest.mark.parametrize(
+    ("name", "k"), [(name, 4) for name in DRAFTS] + [("lookup", 1), ("a relative", 1)]
+)
+def test_greedy_tokens_are_those_of_generate_whoever_drafts(name, k):
+    draft = DRAFTS[name]
+    want = generate(PARAMS, CONFIG, PROMPT, 30)
+    got = speculate(PARAMS, CONFIG, PROMPT, 30, draft=draft, k=k)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.lengths, want.lengths)
     same_cache(got.cache, want.cache)
-    least = -(-40 // (k + 1))
-    assert all(least <= n <= 40 for n in got.passes)
+    least = -(-30 // (k + 1))
+    assert all(least <= n <= 30 for n in got.passes)
     if draft is DRAFTS["the model itself"]:  # all k proposals kept, and one more
         np.testing.assert_array_equal(got.passes, [least] * 3)
         same_cache(got.draft_cache, want.cache)
@@ -84,9 +85,9 @@ def test_going_on_gives_the_tokens_of_one_call(name, ends):
     if ends:
         how |= dict(eos_id=int(whole.tokens[2, 4]))
         whole = generate(PARAMS, CONFIG, PROMPT, 30, eos_id=how["eos_id"])
-    first = speculate(PARAMS, CONFIG, PROMPT, 13, **how)
+    first = speculate(PARAMS, CONFIG, PROMPT, 14, **how)
     caches = dict(cache=first.cache, draft_cache=first.draft_cache)
-    rest = speculate(PARAMS, CONFIG, first.tokens[:, -1:], 17, **how, **caches)
+    rest = speculate(PARAMS, CONFIG, first.tokens[:, -1:], 16, **how, **caches)
     tokens = np.concatenate([first.tokens, rest.tokens], axis=1)
     np.testing.assert_array_equal(tokens, whole.tokens)
     np.testing.assert_array_equal(first.lengths + rest.lengths, whole.lengths)
@@ -214,7 +215,7 @@ def test_one_loop_on_the_device_and_no_visit_to_the_host(name):
 def test_memory_does_not_grow_with_k():
     """By states, that is: a token's share is that of its activations."""
     config = Mamba2Config.tiny(n_heads=8, head_dim=64, d_state=128, chunk_size=64)
-    need, ks = [], (2, 4, 8)
+    need, ks = [], (2, 8)
     for k in ks:
         cache, program = compiled(Lookup(), k, config)
         need.append(program.memory_analysis().temp_size_in_bytes)
