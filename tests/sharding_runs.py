@@ -8,6 +8,7 @@ sharding_runs.py cards FOLDER           eight, that go on from a card and leave 
 import json
 import os
 import sys
+import tempfile
 from functools import partial
 from unittest import mock
 
@@ -112,6 +113,36 @@ def spread(shape):
         different=len(set(map(tuple, np.asarray(want.tokens)))),
         held=h.addressable_data(0).size / h.size,
     )
+
+
+def eight_bits(folder):
+    """Errors of matrices in int8 on a mesh, by the way in which they came there.
+
+    Each device finds the scale of its own part of an activation, so logits differ by
+    roundings of the low byte.
+    """
+    change = dict(n_groups=2, tie_embeddings=False, proj_bias=True, vocab_size=62)
+    config = Mamba2Config.tiny(n_heads=8, n_layers=1, **change)
+    params = ssdlib.init_params(config, jax.random.key(0))
+    whole = ssdlib.quantize(params)
+    ssdlib.save(f"{folder}/float32", params, config)
+    ssdlib.save(f"{folder}/int8", whole, config)
+    mesh = sharding.make_mesh(2, 1, 4)
+    tokens = np.random.default_rng(0).integers(0, 62, (8, T))
+    want = ssdlib.prefill(whole, config, tokens)[0]
+    spread = {
+        "shard_by_head": sharding.shard_by_head(whole, config, mesh),
+        "load": sharding.load(f"{folder}/float32", mesh, "int8")[0],
+        "load int8": sharding.load(f"{folder}/int8", mesh, "int8")[0],
+    }
+    errors = {
+        name: float(error(parallel.prefill(there, config, mesh, tokens)[0], want))
+        for name, there in spread.items()
+    }
+    as_is = sharding.shard_as_is(whole, mesh), config
+    errors["shard_as_is"] = float(error(ssdlib.prefill(*as_is, tokens)[0], want))
+    held = [v.dtype.name for v in jax.tree.leaves(spread["load"])]
+    return errors, held.count("int8")
 
 
 def sent(shape, change):
@@ -231,6 +262,8 @@ elif eight:
     result = {name: model(*case) for name, case in CASES.items()}
     result["ssd"] = segments(("weak decay", "published", "mixed decay"))
     result["sent"] = sent(*CASES["2x2x2"])
+    with tempfile.TemporaryDirectory() as folder:
+        result["int8"] = eight_bits(folder)
     meshes = {"1x8": (1, 1, 8), "2x4": (2, 1, 4), "8x1": (8, 1, 1)}
     result["spread"] = {name: spread(shape) for name, shape in meshes.items()}
 else:

@@ -106,6 +106,13 @@ def test_forward_and_generate_run_on_a_mesh_as_they_are(eight, mesh):
     assert run["held"] == 1 / 8
 
 
+def test_matrices_of_eight_bits_are_split_with_their_scales(eight):
+    errors, matrices = eight["int8"]
+    assert matrices == 4  # in, out, embedding, head
+    assert set(errors) == {"shard_by_head", "load", "load int8", "shard_as_is"}
+    assert max(errors.values()) <= 5e-4, errors
+
+
 @pytest.mark.parametrize("what", ["heads", "segments"])
 def test_two_processes_load_their_slices_and_equal_one(two, what):
     for run in two:
