@@ -43,28 +43,27 @@ def amount(mib: float) -> str:
 def drawing() -> str:
     """An SVG: at the left sheets pile up with the text, at the right stays one card."""
     card, stacks = sizes()
-    sheets, last = [], len(LENGTHS) - 1
-    for i in range(last + 1):
-        x = 8 + 30 * i
-        for j in range(2**i // 2 or 1):  # half a stack of the largest is 32 sheets
-            sheets.append(f'<rect x="{x}" y="{148 - 4 * j}" width="24" height="3"/>')
-    cards = "".join(
-        f'<rect x="{308 + 30 * i}" y="144" width="24" height="7" rx="2"/>'
-        for i in range(last + 1)
-    )
+    sheets, cards = [], []
+    for i in range(len(LENGTHS)):
+        x = 4 + 25 * i
+        sheets += [
+            f'<rect x="{x}" y="{148 - 4 * j}" width="20" height="3"/>'
+            for j in range(max(1, 2**i // 2))
+        ]
+        cards += [f'<rect x="{x + 210}" y="144" width="20" height="7" rx="2"/>']
+    span = f"{LENGTHS[0]:,} … {LENGTHS[-1]:,} tokens"
     label = (
         f"After {LENGTHS[0]:,} to {LENGTHS[-1]:,} tokens: keys and values pile up to "
         f"{amount(stacks[-1])}; the state stays at {amount(card)}."
     )
     return (
-        f'<svg viewBox="0 0 530 190" role="img" aria-label="{label}">'
-        f'<g class="stack">{"".join(sheets)}</g><g class="card">{cards}</g>'
-        f'<text x="8" y="34" class="stack big">{amount(stacks[-1])}</text>'
-        '<text x="8" y="56">keys and values</text>'
-        f'<text x="308" y="114" class="card big">{amount(card)}</text>'
-        '<text x="308" y="134">a state of fixed size</text>'
-        f'<text x="8" y="176">after {LENGTHS[0]:,} … {LENGTHS[-1]:,} tokens</text>'
-        '<text x="308" y="176">after as many</text></svg>'
+        f'<svg viewBox="0 0 390 185" role="img" aria-label="{label}">'
+        f'<g class="stack">{"".join(sheets)}</g><g class="card">{"".join(cards)}</g>'
+        f'<text x="4" y="34" class="stack big">{amount(stacks[-1])}</text>'
+        '<text x="4" y="54">keys, values</text>'
+        f'<text x="214" y="112" class="card big">{amount(card)}</text>'
+        '<text x="214" y="132">a state of fixed size</text>'
+        f'<text x="4" y="174">{span}</text><text x="214" y="174">{span}</text></svg>'
     )
 
 

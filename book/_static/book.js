@@ -1,3 +1,10 @@
+// Paper is white: a dark page is printed in the colors of a light one.
+matchMedia("print").addEventListener("change", ({ matches }) => {
+  const page = document.documentElement.dataset;
+  if (matches) page.screenTheme = page.theme;
+  page.theme = matches ? "light" : page.screenTheme;
+});
+
 // What the theme and Markdown leave to be done for readers who use keyboard or ears.
 document.addEventListener("DOMContentLoaded", () => {
   // A folded cell is named by its visible words, not by "Toggle hidden content".
@@ -43,6 +50,6 @@ document.addEventListener("DOMContentLoaded", () => {
       else target.removeAttribute("tabindex");
     });
   });
-  const boxes = "article :is(.figure, div.math, div[style*='overflow'])";
+  const boxes = "article :is(div.math, .data)";
   document.querySelectorAll(boxes).forEach((box) => watch.observe(box));
 });

@@ -125,7 +125,7 @@ class Verdicts(Table):
         title, verdict, *cells = map(html.escape, row)
         # The class gives a command a button to copy it; in Colab it is plain text.
         block = r'<div class="highlight"><pre>\1</pre></div>'
-        cells[-1] = re.sub("`(.+?)`", block, cells[-1])
+        cells[-1] = re.sub(";? ?`(.+?)`", block, cells[-1])
         facts = zip(self.header[2:], cells, strict=True)
         facts = "".join(f"<dt>{k}</dt><dd>{v or '–'}</dd>" for k, v in facts)
         badge = _badge(verdict.strip("*"))

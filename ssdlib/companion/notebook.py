@@ -96,7 +96,9 @@ def start() -> bool:
         }
     )
     device = jax.devices()[0]
-    print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
+    kind, platform = device.device_kind, device.platform
+    where = kind if kind == platform else f"{kind} ({platform})"
+    print(f"jax {jax.__version__} on {where}")
     if not _accelerated() and (why := _unseen()):
         print(why)
     return _accelerated() or os.environ.get("SSDLIB_FULL") == "1"
