@@ -49,6 +49,8 @@ class Numbers(SphinxTransform):
             tags = re.findall(r"\\tag\{(\w+)\}", block.astext())
             new = {f"equation-{tag}" for tag in tags} - anchors
             block["ids"] += sorted(new)
+            rows = len(re.findall(r"\\\\|\\cr\b", block.astext())) + 1
+            block["classes"].append(f"rows-{min(rows, 4)}")  # room until it is typeset
             anchors |= new
 
 
@@ -79,13 +81,14 @@ class Links(SphinxPostTransform):
 
     def run(self, **options):
         for block in self.document.findall(nodes.literal_block):
-            bare = re.sub(r" *# fmt: \w+", "", block.rawsource)
+            bare = re.sub(r" *# (fmt: \w+|noqa.*)", "", block.rawsource)
             if bare != block.rawsource:
                 block.rawsource, block[:] = bare, [nodes.Text(bare)]
         self.chapters = {number(name): name for name in self.env.found_docs}
         blocks = self.document.findall(nodes.math_block)
         self.anchors = {name for block in blocks for name in block["ids"]}
-        self.words = self.unused_words()
+        self.words, self.cites = self.unused_words(), False
+        self.outputs()
         for text in list(self.document.findall(nodes.Text)):
             around = [*_ancestors(text)]
             if any(isinstance(node, APART) for node in around):
@@ -126,6 +129,14 @@ class Links(SphinxPostTransform):
             parts += self.place(found)
             end = found.end()
         return [*parts, text[end:]]
+
+    def outputs(self) -> None:
+        """Links in what a cell displays as HTML: tables and cards."""
+        for raw in self.document.findall(nodes.raw):
+            if raw["format"] == "html" and "<svg" not in raw.astext():
+                parts = re.split(r"(<[^>]*>)", raw.astext())
+                parts[::2] = ["".join(map(_html, self.places(p))) for p in parts[::2]]
+                raw[:] = [nodes.Text("".join(parts))]
 
     def place(self, found) -> list:
         if paper := found["paper"]:
@@ -168,6 +179,14 @@ class Links(SphinxPostTransform):
 def _ancestors(node):
     while (node := node.parent) is not None:
         yield node
+
+
+def _html(piece) -> str:
+    """A piece of text, or a link, as HTML."""
+    if _plain(piece):
+        return piece
+    url = piece.get("refuri") or f"#{piece['refid']}"
+    return f'<a href="{url}">{piece.astext()}</a>'
 
 
 def _plain(piece) -> bool:

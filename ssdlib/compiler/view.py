@@ -60,11 +60,12 @@ class Table:
         def row(cells, tag):
             parts = []
             for cell, right in zip(cells, self.right, strict=True):
-                style = (
-                    f"text-align:{'right' if right else 'left'};padding:1px 6px{top}"
-                )
-                if len(cell) > 24:  # a line of code breaks rather than hide the rest
-                    style += ";white-space:normal;min-width:12rem"
+                side = "right" if right else "left"
+                style = f"text-align:{side};padding:1px 6px{top}"
+                if len(cell) > 16:  # a long one breaks rather than hide the rest
+                    style += ";white-space:normal"
+                if len(cell) > 40:
+                    style += ";min-width:10rem"
                 parts.append(f'<{tag} style="{style}">{show(cell)}</{tag}>')
             return f"<tr>{''.join(parts)}</tr>"
 
