@@ -48,6 +48,8 @@ def _pixels(figure) -> str:
 def _narrow(figure) -> None:
     """Make a figure as wide as a phone: panels below each other, text at least 8 pt."""
     axes = [ax for ax in figure.axes if ax.get_subplotspec()]
+    if not axes:  # placed by hand
+        return
     panels = list(dict.fromkeys(ax.get_subplotspec() for ax in axes))
     height = figure.get_figheight()
     grid = panels[0].get_gridspec()

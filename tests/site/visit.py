@@ -127,7 +127,9 @@ class Visit:
         return self.page.evaluate("""() => {
           const box = (e) => e.closest(".data, .pst-scrollable-table-container");
           const room = (e) => (box(e) ?? e.parentElement).clientWidth + 1;
-          const lost = (e) => e.scrollWidth > room(e) && getComputedStyle(e.rows[0].cells[0]).position != "sticky";
+          const look = (e) => getComputedStyle(e.rows[0].cells[0]);
+          const stays = (e) => look(e).position == "sticky";
+          const lost = (e) => e.scrollWidth > room(e) && !stays(e);
           return [...document.querySelectorAll("article table:not(.genindextable)")]
             .filter((e) => e.checkVisibility() && lost(e))
             .map((e) => e.rows[0].textContent.slice(0, 60));
