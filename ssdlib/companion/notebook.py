@@ -20,7 +20,9 @@ import numpy as np
 import traitlets
 from IPython.display import HTML, Markdown, display
 
-from ssdlib.companion.figures import HUES, INK, inline
+from ssdlib.companion.figures import HUES as _HUES
+from ssdlib.companion.figures import INK as _INK
+from ssdlib.companion.figures import inline
 from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
 
@@ -42,18 +44,18 @@ __all__ = [
     "tolerance",
 ]
 
-COLORS = list(HUES.values())[:6]  # for a series without a meaning of its own
+COLORS = list(_HUES.values())[:6]  # for a series without a meaning of its own
 COLOR = {  # one color for one thing in the whole book
-    "state": HUES["blue"],
-    "attention": HUES["orange"],
-    "recurrence": HUES["green"],
-    "dual": HUES["pink"],
-    "chunked": HUES["purple"],
-    "float32": HUES["teal"],
-    "bfloat16": HUES["gold"],
-    "int8": HUES["red"],
-    "ours": INK,
-    "theirs": HUES["gray"],
+    "state": _HUES["blue"],
+    "attention": _HUES["orange"],
+    "recurrence": _HUES["green"],
+    "dual": _HUES["pink"],
+    "chunked": _HUES["purple"],
+    "float32": _HUES["teal"],
+    "bfloat16": _HUES["gold"],
+    "int8": _HUES["red"],
+    "ours": _INK,
+    "theirs": _HUES["gray"],
 }
 _CHIPS = {"TPU": ("/dev/accel*", "/dev/vfio/[0-9]*"), "GPU": ("/dev/nvidia[0-9]*",)}
 
@@ -71,12 +73,12 @@ def start() -> bool:
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     ink = dict.fromkeys(
-        ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color"], INK
+        ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color"], _INK
     )
     plt.rcParams.update(ink)
     plt.rcParams.update(
         {
-            "ytick.color": INK,
+            "ytick.color": _INK,
             "axes.prop_cycle": matplotlib.cycler(color=COLORS),
             "axes.spines.top": False,
             "axes.spines.right": False,
