@@ -179,6 +179,8 @@ def paragraphs(lines: list[str]) -> list[str]:
     for line in lines:
         if line.startswith("    ") and not formula:
             out += ["", "::", ""]
+        elif formula and not line.startswith("    "):
+            out += [""]
         formula = line.startswith("    ")
         out += [line if formula else markup(line)]
     return out

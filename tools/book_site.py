@@ -89,14 +89,12 @@ def preview(path: Path) -> None:
         figure, ax = plt.subplots(figsize=(6, 3.15), facecolor=PAPER)
         ax.bar(range(len(LENGTHS)), stacks, width=0.8, color=ORANGE)
         ax.axis("off")
-        ax.text(
-            0, 0.85 * stacks[-1], "State Space Duality,\nCompiled", size=22, color=INK
-        )
-        last = len(LENGTHS) - 1.6
-        text = f"{amount(stacks[-1])} of keys and values"
-        ax.text(last, 0.62 * stacks[-1], text, ha="right", color=ORANGE, weight="bold")
-        text = f"{amount(card)} of state, after {LENGTHS[-1]:,} tokens"
-        ax.text(last, 0.5 * stacks[-1], text, ha="right", color=BLUE, weight="bold")
+        lines = [("State Space Duality,\nCompiled", INK, 22, 0.82)]
+        lines += [(f"{amount(stacks[-1])} of keys and values", ORANGE, 12, 0.66)]
+        span = f"after {LENGTHS[-1]:,} tokens"
+        lines += [(f"or {amount(card)} of state, {span}", BLUE, 12, 0.56)]
+        for words, color, size, y in lines:
+            ax.text(-0.4, y * stacks[-1], words, color=color, size=size)
         figure.savefig(path, dpi=200, metadata={"Software": None})
         plt.close(figure)
 

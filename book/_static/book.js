@@ -39,6 +39,10 @@ document.addEventListener("DOMContentLoaded", () => {
         math.replaceWith(/[\\{]/.test(tex) ? "…" : tex);
       });
       page.querySelectorAll("dt").forEach((word) => word.append(": "));
+      // A heading or a word alone says nothing: what follows it does.
+      const found = anchor && page.querySelector(anchor);
+      const bare = found && found.textContent.trim().length < 60;
+      if (bare && found.nextElementSibling) found.append(found.nextElementSibling);
       return plain(page.documentElement.outerHTML, anchor);
     };
   }

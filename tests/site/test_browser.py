@@ -199,6 +199,7 @@ def test_search_finds_semiseparable(desk, address):
     assert any("02_duality" in a.get_attribute("href") for a in links)
     page.wait_for_selector("#search-results .context")
     page.wait_for_load_state("networkidle")  # each page found is read for its words
+    assert re.search(r"/(\d\d_|glossary)", links[0].get_attribute("href"))
     found = page.inner_text("#search-results")
     assert "semiseparable: " in found  # of the glossary
     assert "\\" not in found  # no TeX
