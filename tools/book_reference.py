@@ -235,6 +235,7 @@ def signature(app, what, name, obj, options, args, result):
     ]
     bare = str(plain.replace(parameters=drop, return_annotation=plain.empty))
     bare = re.sub(r"\*\*\w+", "...", bare)  # two asterisks look like stray Markdown
+    bare = re.sub(r"\w+Path\('.*?([\w.]+)'\)", r"'.../\1'", bare)  # of this machine
     return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", bare), None
 
 
