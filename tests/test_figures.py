@@ -61,6 +61,15 @@ def test_a_matrix_is_as_high_as_wide_on_a_phone_and_a_grid_stays_a_grid():
     assert axes[0, 0].get_position().x1 < axes[0, 1].get_position().x0
 
 
+def test_a_remark_that_would_leave_the_figure_is_wrapped():
+    figure, ax = plt.subplots(figsize=(6.4, 3.2))
+    ax.plot([0, 1])
+    remark = ax.text(0.5, 0.5, "a remark that has room beside a line on a desk alone")
+    short = ax.text(0.1, 0.9, "a short one")
+    drawings(figure)
+    assert "\n" in remark.get_text() and "\n" not in short.get_text()
+
+
 def test_one_drawing_is_seen_without_a_style_sheet():
     wide, narrow = drawings(two_panels())
     assert "display: none" in narrow.split(">")[0]

@@ -82,6 +82,11 @@ def _narrow(figure) -> None:
     for ax in axes:
         ax.tick_params(labelsize=8.8)
     figure.set_size_inches(PHONE, height + 0.2 * lines)
+    figure.draw_without_rendering()
+    for text in (text for ax in axes for text in ax.texts):
+        box = text.get_window_extent()
+        if box.x0 < 0 or box.x1 > figure.bbox.x1:  # it would leave the figure
+            text.set_text(_wrapped(text.get_text(), 20))
 
 
 def _wrapped(text: str, width: int) -> str:

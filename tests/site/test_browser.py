@@ -231,6 +231,8 @@ BROKEN = {
     "columns_lost": f"<table><tr>{'<td>a cell</td>' * 99}</tr></table>",
     "words_broken": '<table style="width: 1px; word-break: break-all"><td>word</table>',
     "figures_cut": '<svg aria-label="x" viewBox="0 0 9 9" style="width: 9000px"></svg>',
+    "figures_cut by their words": '<svg aria-label="x" viewBox="0 0 9 9" '
+    'style="width: 9px; overflow: visible"><text>words</text></svg>',
     "images_without_size": '<img src="favicon.ico" alt="x">',
     "tab_stops_of_math": '<mjx-container tabindex="0">x</mjx-container>',
     "pale_on_paper": '<p style="color: #ccc">pale words</p>',

@@ -156,12 +156,20 @@ class Visit:
         }""")
 
     def figures_cut(self):
-        """Drawings that are wider than their box."""
-        return self.page.evaluate("""() =>
-          [...document.querySelectorAll("article svg[aria-label]")]
-            .filter((e) => e.checkVisibility() && e.getBoundingClientRect().width
-              > e.parentElement.clientWidth + 1)
-            .map((e) => e.getAttribute("aria-label").slice(0, 60))""")
+        """Drawings that are wider than their box, or that words leave by their side."""
+        return self.page.evaluate("""() => {
+          const cut = (svg) => {
+            const own = svg.getBoundingClientRect();
+            if (own.width > svg.parentElement.clientWidth + 1) return true;
+            return [...svg.querySelectorAll("text, [id*=text_]")].some((text) => {
+              const { left, right, width } = text.getBoundingClientRect();
+              return width && (left < own.left - 2 || right > own.right + 2);
+            });
+          };
+          return [...document.querySelectorAll("article svg[aria-label]")]
+            .filter((e) => e.checkVisibility() && cut(e))
+            .map((e) => e.getAttribute("aria-label").slice(0, 60));
+        }""")
 
     def words_in_figures(self):
         """(letters' height in pixels, contrast with the page, figure) of each text.
