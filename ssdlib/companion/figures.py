@@ -84,9 +84,10 @@ def _narrow(figure) -> None:
     figure.set_size_inches(PHONE, height + 0.2 * lines)
     figure.draw_without_rendering()
     for text in (text for ax in axes for text in ax.texts):
-        box = text.get_window_extent()
-        if box.x0 < 0 or box.x1 > figure.bbox.x1:  # it would leave the figure
-            text.set_text(_wrapped(text.get_text(), 20))
+        for letters in 28, 20:  # until it does not leave the figure
+            box = text.get_window_extent()
+            if box.x0 < 0 or box.x1 > figure.bbox.x1:
+                text.set_text(_wrapped(text.get_text(), letters))
 
 
 def _wrapped(text: str, width: int) -> str:
