@@ -61,6 +61,15 @@ def test_a_matrix_is_as_high_as_wide_on_a_phone_and_a_grid_stays_a_grid():
     assert axes[0, 0].get_position().x1 < axes[0, 1].get_position().x0
 
 
+def test_ticks_that_would_touch_stand_upright_on_a_phone():
+    figure, (close, apart) = plt.subplots(2, 1)
+    close.set_xticks(range(9), [f"{10**4 + i:,}" for i in range(9)])
+    apart.set_xticks(range(3))
+    drawings(figure)
+    assert {t.get_rotation() for t in close.get_xticklabels()} == {90}
+    assert {t.get_rotation() for t in apart.get_xticklabels()} == {0}
+
+
 def test_a_remark_that_would_leave_the_figure_is_wrapped():
     figure, ax = plt.subplots(figsize=(6.4, 3.2))
     ax.plot([0, 1])

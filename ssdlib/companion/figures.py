@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 import textwrap
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 from matplotlib.gridspec import GridSpec
@@ -83,6 +84,11 @@ def _narrow(figure) -> None:
         ax.tick_params(labelsize=8.8)
     figure.set_size_inches(PHONE, height + 0.2 * lines)
     figure.draw_without_rendering()
+    for ax in axes:
+        labels = [label for label in ax.get_xticklabels() if label.get_text()]
+        boxes = [label.get_window_extent() for label in labels]
+        if any(a.x1 > b.x0 for a, b in pairwise(boxes)):
+            plt.setp(labels, rotation=90, ha="center")
     for text in (text for ax in axes for text in ax.texts):
         for letters in 28, 20:  # until it does not leave the figure
             box = text.get_window_extent()
@@ -105,6 +111,9 @@ def _drawn(figure, alt: str, kind: str, style: str) -> str:
     for name, hue in HUES.items():
         svg = svg.replace(f": {hue}", f": var(--fig-{name}, {hue})")
     svg = re.sub(r"\b([1-9]\d*\.\d\d)\d+", r"\1", svg)  # a hundredth of a point will do
+    # Two drawings weigh little more than one had: no blanks, short names of letters.
+    svg = re.sub(r"\s*(<!--.*?-->)?\s*\n\s*", "\n", svg, flags=re.S)
+    svg = svg.replace("xlink:href", "href").replace("DejaVuSans-", "g")
     prefix = "f" + hashlib.sha256(alt.encode()).hexdigest()[:6] + kind[0] + "-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
