@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import html
 import json
 import re
+from collections import Counter
 
 import jsonschema
 import pytest
@@ -416,12 +418,19 @@ def test_the_reader_gets_a_column_and_can_settle_a_claim():
     assert row[1] == f"**{CONTRADICTED}**"
 
 
-def test_the_table_breaks_lines_and_marks_commands():
-    html = claims.table(CLAIMS, BOOK)._repr_html_()
-    assert "white-space:normal" in html
-    assert f"<strong>{OPEN}</strong>" in html
-    assert "<code>python -m ssdlib bench" in html
-    assert "**" not in html and "`" not in html
+def test_each_claim_is_a_card_with_its_verdict_in_words_and_its_command():
+    table = claims.table(CLAIMS, BOOK)
+    page = table._repr_html_()
+    bar, *cards = page.split('<div class="claim">')
+    counts = Counter(row[1].strip("*") for row in table.rows)
+    assert all(f" {n} {verdict}</span>" in bar for verdict, n in counts.items())
+    assert len(cards) == len(CLAIMS) == sum(counts.values())
+    for claim, row, card in zip(CLAIMS, table.rows, cards, strict=True):
+        assert f"{row[1].strip('*')}</span>" in card
+        assert all(f"<dt>{name}</dt>" in card for name in table.header[2:])
+        for command in re.findall("`(.+?)`", claim["by"]):
+            assert f"<pre>{html.escape(command)}</pre>" in card
+    assert "**" not in page and "`" not in page
 
 
 @pytest.mark.usefixtures("as_user")

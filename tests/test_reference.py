@@ -1,5 +1,6 @@
 """The reference pages: API from docstrings, glossary, status."""
 
+import importlib
 import inspect
 import json
 import re
@@ -35,6 +36,19 @@ def test_every_api_page_is_in_the_table_of_contents_and_shows_something():
     for path, text in API.items():
         assert f"file: book/api/{path.stem}\n" in toc
         assert shown(text) or ".. command::" in text
+
+
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+def test_every_argument_on_a_page_is_described(path):
+    """By its docstring, by the table of meanings, or by the formula that names it."""
+    for name in shown(API[path]):
+        place, _, last = f"ssdlib.{name}".rpartition(".")
+        obj = getattr(importlib.import_module(place), last)
+        if inspect.isfunction(obj):
+            text = inspect.getdoc(obj)
+            names = set(inspect.signature(obj).parameters) - {"limits", "options"}
+            known = {n for n in names if re.search(rf"\b{n}\b", text)}
+            assert names - known <= book_reference.MEANING.keys(), name
 
 
 def test_every_command_is_on_the_page_of_the_command_line():

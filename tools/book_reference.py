@@ -24,6 +24,58 @@ from ssdlib.__main__ import parsers
 FIELD = re.compile(r"^    (\w+): [^#]*?(?:= *([^#]*?))? *(?:# *(.*))?$", re.M)
 TOLD = re.compile(r"(\w+): +(\S.*)")
 KINDS = {"Float": "float", "Int": "integer"}
+# What an argument is wherever it occurs; a docstring says what is special.
+MEANING = {
+    "A": "decay of each head; its step is dt A",
+    "B": "where a token writes",
+    "B_t": "where the token writes",
+    "C": "where a token reads",
+    "C_t": "where the token reads",
+    "D": "the part of x that goes straight to y",
+    "b": "texts at once",
+    "batch": "texts at once",
+    "batch_size": "texts at once",
+    "beta": "how strongly a token writes",
+    "block": "tokens a round trip",
+    "cache": "what was read before; nothing if not given",
+    "caches": "one after each token",
+    "chunk_size": "Q, tokens a chunk",
+    "claims": "those of `paper.json`",
+    "command": "written into the record",
+    "config": "the sizes of the model",
+    "donate_argnums": "arguments whose memory the result may take",
+    "dt": "step of each token",
+    "dt_t": "step of the token",
+    "dtype": "of matrices and activations",
+    "eos_id": "the token that ends a text; no text ends if not given",
+    "evidence": "what is known",
+    "folder": "where to",
+    "h": "the state before",
+    "h0": "the state before; empty if not given",
+    "itemsize": "bytes a weight",
+    "k": "where a token writes",
+    "key": "of `jax.random`",
+    "lengths": "tokens of each row that are no padding; all if not given",
+    "log_a": "logarithm of the decay",
+    "max_new_tokens": "how many tokens to write",
+    "mesh": "of `make_mesh`",
+    "name": "of the model, in the record",
+    "params": "the parameters of the model",
+    "path": "the file",
+    "prompt": "tokens to begin with",
+    "q": "where a token reads",
+    "revision": "of a repository of the hub",
+    "source": "folder, file, or name on the hub",
+    "state": "the state before; empty if not given",
+    "temperature": "0 takes the most probable token",
+    "token": "the token to read",
+    "tokens": "the tokens to read",
+    "top_k": "draw from so many tokens at most",
+    "top_p": "draw from the tokens that share this probability",
+    "v": "what a token writes",
+    "x": "what a token writes",
+    "x_t": "what the token writes",
+}
 OWN = {name: getattr(ssdlib, name) for name in ssdlib.__all__}
 
 
@@ -86,7 +138,11 @@ def table(rows: list[tuple[str, str, str]]) -> list[str]:
 
 
 def arguments(fn) -> list[str]:
-    """The table of a function's arguments and of what it returns."""
+    """The table of a function's arguments and of what it returns.
+
+    A remark says what an argument is, unless the docstring does.
+    """
+    told = inspect.getdoc(fn) or ""
     signature = inspect.signature(fn)
     rows = []
     for p in signature.parameters.values():
@@ -94,7 +150,8 @@ def arguments(fn) -> list[str]:
         if p.annotation is not p.empty:
             what = known(kind(p.annotation))
         if what:
-            rows += [(f"``{p.name}``", what, "")]
+            remark = "" if f"`{p.name}`" in told else MEANING.get(p.name, "")
+            rows += [(f"``{p.name}``", what, markup(remark))]
     back = signature.return_annotation
     if back not in (signature.empty, None):
         rows += [("*returns*", known(kind(back)), "")]
@@ -122,6 +179,8 @@ def paragraphs(lines: list[str]) -> list[str]:
     for line in lines:
         if line.startswith("    ") and not formula:
             out += ["", "::", ""]
+        elif formula and not line.startswith("    "):
+            out += [""]
         formula = line.startswith("    ")
         out += [line if formula else markup(line)]
     return out
@@ -176,6 +235,7 @@ def signature(app, what, name, obj, options, args, result):
     ]
     bare = str(plain.replace(parameters=drop, return_annotation=plain.empty))
     bare = re.sub(r"\*\*\w+", "...", bare)  # two asterisks look like stray Markdown
+    bare = re.sub(r"\w+Path\('.*?([\w.]+)'\)", r"'.../\1'", bare)  # of this machine
     return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", bare), None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import repository
 
-from ssdlib.companion import notebook
+from ssdlib.companion.figures import INK
 from ssdlib.compiler import hlo
 from ssdlib.measure.estimate import estimate
 
@@ -174,7 +174,7 @@ def svg(figure, ink: str) -> str:
     """A figure of the book as the text of an SVG file."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue().replace(notebook._INK, ink)
+    text = buffer.getvalue().replace(INK, ink)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     return re.sub(r" +\n", "\n", text)
 

@@ -39,7 +39,8 @@ repository:
   path_to_book: "" # the pages' names already start with book/
 launch_buttons:
   colab_url: https://colab.research.google.com
-{ICON}  use_repository_button: true
+{ICON}  baseurl: {{}}
+  use_repository_button: true
   use_edit_page_button: true # to the source of the page
 """
 COLAB = "https://colab.research.google.com/github/{}/{}/blob/main/book/intro.ipynb"
@@ -72,9 +73,16 @@ def checked(url: str) -> str:
     return url
 
 
+def pages(owner: str, name: str) -> str:
+    """Where GitHub Pages serves a repository's book."""
+    return f"https://{owner.lower()}.github.io/{name}/"
+
+
 def config(text: str, url: str | None) -> str:
     """_config.yml with launch buttons for GitHub, without any for other places."""
-    buttons = BUTTONS.format(url) if url and GITHUB.fullmatch(url) else NO_BUTTONS
+    buttons = NO_BUTTONS
+    if url and (github := GITHUB.fullmatch(url)):
+        buttons = BUTTONS.format(url, pages(*github.groups()))
     return between(text, buttons)
 
 
@@ -83,8 +91,7 @@ def readme(text: str, url: str | None) -> str:
     links = ""
     if url and (github := GITHUB.fullmatch(url)):
         owner, name = github.groups()
-        pages = f"https://{owner.lower()}.github.io/{name}/"
-        links = f"[Read the book]({pages}) or [run it in Colab]"
+        links = f"[Read the book]({pages(owner, name)}) or [run it in Colab]"
         links = f"{links}({COLAB.format(owner, name)}).\n\n"
     return between(text, links)
 

@@ -1,3 +1,10 @@
+// Paper is white: a dark page is printed in the colors of a light one.
+matchMedia("print").addEventListener("change", ({ matches }) => {
+  const page = document.documentElement.dataset;
+  if (matches) page.screenTheme = page.theme;
+  page.theme = matches ? "light" : page.screenTheme;
+});
+
 // What the theme and Markdown leave to be done for readers who use keyboard or ears.
 document.addEventListener("DOMContentLoaded", () => {
   // A folded cell is named by its visible words, not by "Toggle hidden content".
@@ -32,6 +39,10 @@ document.addEventListener("DOMContentLoaded", () => {
         math.replaceWith(/[\\{]/.test(tex) ? "…" : tex);
       });
       page.querySelectorAll("dt").forEach((word) => word.append(": "));
+      // A heading or a word alone says nothing: what follows it does.
+      const found = anchor && page.querySelector(anchor);
+      const bare = found && found.textContent.trim().length < 60;
+      if (bare && found.nextElementSibling) found.append(found.nextElementSibling);
       return plain(page.documentElement.outerHTML, anchor);
     };
   }
@@ -43,6 +54,6 @@ document.addEventListener("DOMContentLoaded", () => {
       else target.removeAttribute("tabindex");
     });
   });
-  const boxes = "article :is(.figure, div.math, div[style*='overflow'])";
+  const boxes = "article :is(div.math, .data)";
   document.querySelectorAll(boxes).forEach((box) => watch.observe(box));
 });

@@ -6,15 +6,17 @@ what was computed or compiled, and what was measured never share a column. Chapt
 shows the table.
 """
 
+import html
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from ssdlib._checks import check_is
-from ssdlib.companion.verdicts import RULES, Finding
+from ssdlib.companion.verdicts import RULES, VERDICTS, Finding
 from ssdlib.compiler import hlo
 from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.compiler.view import Table
@@ -23,6 +25,7 @@ from ssdlib.config import PRESETS
 __all__ = ["BACKENDS", "Evidence", "judge", "load", "table"]
 
 BACKENDS = "cpu", "l40s", "tpu-v6e"  # one of each backend
+MARKS = dict(zip(VERDICTS, "✓◐✗?", strict=True))  # so that color is not all that tells
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,40 @@ def judge(claim: dict, evidence: Evidence) -> Finding:
     return RULES[claim["id"]](claim, evidence)
 
 
+class Verdicts(Table):
+    """A row for each claim; in a notebook a card for each, below a bar of counts."""
+
+    def _repr_html_(self) -> str:
+        found = [row[1].strip("*") for row in self.rows]
+        bar = " ".join(
+            _badge(verdict, f"{n} ", f"flex:{n}")
+            for verdict in VERDICTS
+            if (n := found.count(verdict))
+        )
+        cards = "".join(map(self._card, self.rows))
+        return f'<div class="verdict-bar">{bar}</div><div class="claims">{cards}</div>'
+
+    def _card(self, row: list[str]) -> str:
+        title, verdict, *cells = map(html.escape, row)
+        # The class gives a command a button to copy it; in Colab it is plain text.
+        block = r'<div class="highlight"><pre>\1</pre></div>'
+        cells[-1] = re.sub(";? ?`(.+?)`", block, cells[-1])
+        facts = zip(self.header[2:], cells, strict=True)
+        facts = "".join(f"<dt>{k}</dt><dd>{v or '–'}</dd>" for k, v in facts)
+        badge = _badge(verdict.strip("*"))
+        return f'<div class="claim"><p><b>{title}</b> {badge}</p><dl>{facts}</dl></div>'
+
+
+def _badge(verdict: str, count: str = "", style: str = "") -> str:
+    kind = f"badge v-{verdict.split()[0]}"
+    text = f"{MARKS[verdict]} {count}{verdict}"
+    return f'<span class="{kind}" style="{style}">{text}</span>'
+
+
 def table(
     claims: list[dict], evidence: Evidence, mine: Evidence | None = None
-) -> Table:
-    """A row for each claim; `mine`, of the reader, gets a column of its own."""
+) -> Verdicts:
+    """A row for each claim; `mine`, of the reader, gets a place of its own."""
     header = ["claim", "verdict", "what the paper says", "computed or compiled"]
     header += ["measured here", *["your machine"] * bool(mine)]
     header += ["whose code", "see, or run"]
@@ -121,4 +154,4 @@ def table(
         row = [claim["title"], f"**{found.verdict}**", f"{said} ({place})", *known[:2]]
         row += [judge(claim, mine).measured] if mine else []
         rows += [[*row, claim["whose"], claim["by"]]]
-    return Table(header, rows, "", wrap=True)
+    return Verdicts(header, rows, "", wrap=True)

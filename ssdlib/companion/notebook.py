@@ -5,11 +5,8 @@ Needs the `book` extra (matplotlib, ipython, ipywidgets).
 
 import ast
 import glob
-import hashlib
 import inspect
-import io
 import os
-import re
 import sys
 import textwrap
 import time
@@ -23,6 +20,9 @@ import numpy as np
 import traitlets
 from IPython.display import HTML, Markdown, display
 
+from ssdlib.companion.figures import HUES as _HUES
+from ssdlib.companion.figures import INK as _INK
+from ssdlib.companion.figures import inline
 from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
 
@@ -44,19 +44,6 @@ __all__ = [
     "tolerance",
 ]
 
-_INK = "#010203"  # stands for the page's own text color, light or dark
-# As drawn on a light page; book.css lightens each on a dark one (`--fig-blue`, ...).
-_HUES = {
-    "blue": "#1f6cc0",
-    "orange": "#b45309",
-    "green": "#1a7a52",
-    "pink": "#c0356a",
-    "purple": "#7448c4",
-    "gray": "#696969",
-    "teal": "#0b7680",
-    "gold": "#806600",
-    "red": "#c0392b",
-}
 COLORS = list(_HUES.values())[:6]  # for a series without a meaning of its own
 COLOR = {  # one color for one thing in the whole book
     "state": _HUES["blue"],
@@ -111,7 +98,9 @@ def start() -> bool:
         }
     )
     device = jax.devices()[0]
-    print(f"jax {jax.__version__} on {device.device_kind} ({device.platform})")
+    kind, platform = device.device_kind, device.platform
+    where = kind if kind == platform else f"{kind} ({platform})"
+    print(f"jax {jax.__version__} on {where}")
     if not _accelerated() and (why := _unseen()):
         print(why)
     return _accelerated() or os.environ.get("SSDLIB_FULL") == "1"
@@ -225,8 +214,8 @@ def _made_or_recorded(name, target, make, live):
 
 
 def show(figure, alt: str) -> None:
-    """The figure as inline SVG that takes the page's text color; `alt` describes it."""
-    display(HTML(_svg(figure, alt)))
+    """The figure in the page's text color, wide and narrow; `alt` describes it."""
+    display(HTML(inline(figure, alt)))
 
 
 def explore(label: str, values, draw, first: int = 0) -> None:
@@ -237,7 +226,7 @@ def explore(label: str, values, draw, first: int = 0) -> None:
     the frame that is seen first.
     """
     wide = widgets.Layout(width="100%")
-    frames = [widgets.HTML(_svg(*draw(value)), layout=wide) for value in values]
+    frames = [widgets.HTML(inline(*draw(value)), layout=wide) for value in values]
     seen = stack(frames, first)
     options = [(f"{value:,}", value) for value in values]
     slider = widgets.SelectionSlider(
@@ -276,23 +265,3 @@ def link(control: widgets.Widget, seen: widgets.Widget) -> None:
     """
     how = widgets.jslink if hasattr(widgets, "Stack") else widgets.link
     how((control, "index"), (seen, "selected_index"))
-
-
-def _svg(figure, alt: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    for name, hue in _HUES.items():
-        svg = svg.replace(f": {hue}", f": var(--fig-{name}, {hue})")
-    prefix = "f" + hashlib.sha256(alt.encode()).hexdigest()[:6] + "-"
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)  # unique on a page
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    width = 110 * figure.get_figwidth()  # pixels; a small figure is not blown up
-    about = f'role="img" aria-label="{label}" style="width: min(100%, {width:.0f}px)"'
-    svg = svg.replace("<svg", f"<svg {about}", 1)
-    return f'<div class="figure">{svg}</div>'

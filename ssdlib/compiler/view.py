@@ -54,21 +54,28 @@ class Table:
         return "\n".join([*lines, self.caption])
 
     def _repr_html_(self) -> str:
-        show, space = (_marked, "normal") if self.wrap else (_code, "nowrap")
+        show = _marked if self.wrap else _code
         top = ";vertical-align:top" * self.wrap
 
         def row(cells, tag):
-            style = ["right" if r else "left" for r in self.right]
-            parts = (
-                f'<{tag} style="text-align:{s};padding:1px 6px{top}">{show(c)}</{tag}>'
-                for c, s in zip(cells, style, strict=True)
-            )
+            parts = []
+            for cell, right in zip(cells, self.right, strict=True):
+                side = "right" if right else "left"
+                style = f"text-align:{side};padding:1px 6px{top}"
+                if len(cell) > 16:  # a long one breaks rather than hide the rest
+                    style += ";white-space:normal"
+                if len(cell) > 40:
+                    style += ";min-width:10rem"
+                parts.append(f'<{tag} style="{style}">{show(cell)}</{tag}>')
             return f"<tr>{''.join(parts)}</tr>"
 
+        columns = len(self.header)
         body = "".join(row(cells, "td") for cells in self.rows)
-        width = f";min-width:{9 * len(self.header)}rem" if self.wrap else ""
+        wide = " full-width" * (columns > 7)  # a page may use its margin for it
+        space = "normal" if self.wrap else "nowrap"
+        width = f";min-width:{min(9 * columns, 45)}rem" if self.wrap else ""
         return (
-            '<div style="overflow-x:auto">'
+            f'<div class="data{wide}" style="overflow-x:auto">'
             f'<table style="font-size:75%;white-space:{space}{width}">'
             f"<thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
             f"</div><p><small>{html.escape(self.caption)}</small></p>"
@@ -76,7 +83,7 @@ class Table:
 
 
 def _code(cell: str) -> str:
-    text = html.escape(cell)
+    text = html.escape(cell).replace("/", "/<wbr>")
     return f"<code>{text}</code>" if any(c in cell for c in "[(=_→") else text
 
 

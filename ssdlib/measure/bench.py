@@ -68,7 +68,8 @@ def bench(
 ) -> dict:
     """Measure, and return a record: `record.save` writes it, `record.table` shows it.
 
-    `params` None means random weights: time does not depend on their values. `target`
+    `what` and `lengths` are the kinds of work and the tokens that are timed. `params`
+    None means random weights: time does not depend on their values. `target`
     names an attached chip, None the first device. Costs repeats + 1 times the sum of
     all rows, and their compilation.
 

@@ -3,13 +3,15 @@
 Each check takes a page and all pages, and yields one line for each fault.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-SITE = Path(__file__).parents[2] / "_build/html"
+ROOT = Path(__file__).parents[2]
+SITE = Path(os.environ.get("SSDLIB_SITE", ROOT / "_build/html"))  # another build
 LIMIT = 1_500_000  # bytes of HTML a page
 VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 VERBATIM = {"pre", "code", "script", "style", "svg", "textarea"}  # not prose
@@ -23,6 +25,7 @@ class Page(HTMLParser):
     tags: list = field(default_factory=list)  # (name, attributes, inside the article)
     ids: set = field(default_factory=set)
     prose: list = field(default_factory=list)  # text outside code and formulas
+    plain: list = field(default_factory=list)  # the part of it that leads nowhere
 
     def __post_init__(self):
         super().__init__()
@@ -52,6 +55,10 @@ class Page(HTMLParser):
         formula = any("math" in a.get("class", "").split() for _, a in self.open)
         if "article" in around and not around & VERBATIM and not formula:
             self.prose.append(text)
+            if not around & {"a", "h1", "h2", "h3", "title", "dt", "summary"}:
+                ids = [a.get("id", "") for _, a in self.open]
+                cites = any(name.startswith("further-reading") for name in ids)
+                self.plain.append((text, cites))
 
 
 def read(site: Path) -> dict:
@@ -141,6 +148,45 @@ def other_hosts(page, pages):
             yield from re.findall(CSS_URL, path.read_text(encoding="utf-8"))
 
 
+def numbers_without_a_link(page, pages):
+    """Chapters and papers that are named; works that are cited have own chapters."""
+    for text, cites in page.plain:
+        for found in re.finditer(r"\b[Cc]hapter \d+|arXiv[: ]\s?\d{4}\.\d{5}", text):
+            if not (cites and "hapter" in found[0]):
+                yield found[0]
+
+
+def hints_to_tools(page, pages):
+    if found := re.search(r"# ?(<[^>]*>)*fmt: ?\w+|# noqa", page.source):
+        yield found[0]
+
+
+def missing_heads(page, pages):
+    """What search engines and previews of links read."""
+    metas = [a for name, a, _ in page.tags if name == "meta"]
+    wanted = {
+        ("name", "description"),
+        ("property", "og:title"),
+        ("property", "og:image"),
+    }
+    if page.path.parent.name in ("book", "api"):
+        for kind, value in wanted:
+            if not any(a.get(kind) == value and a.get("content") for a in metas):
+                yield f"no {value}"
+
+
+def nameless_folds(page, pages):
+    yield from re.findall(r"(?:Show|Hide) code cell \w+", page.source)
+
+
+def chapters_without_a_number(page, pages):
+    """The number is that of the file, in the title of the page."""
+    if found := re.fullmatch(r"(\d\d)_\w+", page.path.stem):
+        title = re.search(r"<h1>(.*?)<", page.source, re.S)
+        if not title or not title[1].startswith(f"{int(found[1])}. "):
+            yield title[1] if title else "no title"
+
+
 CHECKS = [
     broken_links,
     pictures_without_words,
@@ -148,4 +194,9 @@ CHECKS = [
     raw_markup,
     heavy_pages,
     other_hosts,
+    numbers_without_a_link,
+    hints_to_tools,
+    missing_heads,
+    nameless_folds,
+    chapters_without_a_number,
 ]

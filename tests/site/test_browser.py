@@ -13,7 +13,8 @@ PAGES = {
     if "_static" not in p.parts and "<article" in (text := p.read_text())
 }
 SLIDERS = [name for name, text in PAGES.items() if "SliderModel" in text]
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+DESK = {"width": 1280, "height": 900}
+PAPER = {"width": 718, "height": 1020}  # A4 less its margins
 
 
 def profile(browser, address):
@@ -65,20 +66,71 @@ def test_no_barrier_for_readers_who_cannot_see_or_point(visit, mode):
     assert not visit.barriers()
 
 
-def test_a_phone_scrolls_down_and_never_sideways(visit):
-    visit.page.set_viewport_size(PHONE)
-    visit.page.evaluate("new Promise(requestAnimationFrame)")
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_words_in_figures_stand_out_from_the_page(visit, mode):
+    visit.theme(mode)
+    assert not {figure for _, ratio, figure in visit.words_in_figures() if ratio < 4.5}
+
+
+def test_a_page_hardly_moves_while_it_loads_and_keeps_room_for_images(visit):
+    assert visit.shift() < 0.1
+    assert not visit.images_without_size()
+
+
+def test_no_formula_is_a_stop_of_the_tab_key(visit):
+    assert not visit.tab_stops_of_math()
+
+
+def test_a_desk_shows_every_column_of_every_table(visit):
+    visit.size(DESK)
+    assert not visit.tables_cut()
+    assert not visit.figures_cut()
+
+
+@pytest.mark.parametrize("width", [390, 360, 768])
+def test_a_small_window_scrolls_down_and_never_sideways(visit, width):
+    visit.size({"width": width, "height": 740})
     assert not visit.sticking_out()
-    assert all(scale >= 0.9 for scale in visit.scales())
-    visit.page.set_viewport_size(DESK)
+    assert not visit.figures_cut()
+    if width == 390:
+        assert not visit.columns_lost()
+        assert not {figure for size, _, figure in visit.words_in_figures() if size < 11}
+    visit.size(DESK)
 
 
-def test_paper_shows_the_text_alone(visit):
+def test_paper_shows_the_text_alone_whole_and_dark(visit):
+    visit.theme("dark")
     visit.page.emulate_media(media="print")
+    visit.size(PAPER)
     for part in ".bd-sidebar-primary", ".prev-next-footer", ".copybtn":
         assert not any(e.is_visible() for e in visit.page.query_selector_all(part))
     assert visit.page.is_visible("article")
+    assert not visit.pale_on_paper()
+    assert not visit.tables_cut()
+    assert not visit.words_broken()
+    assert not visit.figures_cut()
     visit.page.emulate_media(media="screen")
+    visit.size(DESK)
+    assert visit.page.get_attribute("html", "data-theme") == "dark"
+
+
+def test_whoever_moves_by_keyboard_sees_where(desk, address):
+    page = Visit(desk, address, "book/01_recurrence.html")
+    assert not page.rings_missing(60)
+    page.page.close()
+
+
+def test_every_claim_shows_its_verdict_and_a_command_to_copy(desk, address):
+    visit = Visit(desk, address, "book/10_results.html")
+    claims = visit.page.query_selector_all(".claim")
+    assert len(claims) >= 15
+    for claim in claims:
+        box = claim.bounding_box()
+        assert box["x"] + box["width"] <= DESK["width"]
+        assert claim.query_selector(".badge").is_visible()
+        assert claim.query_selector("pre").is_visible()
+        assert claim.query_selector(".copybtn")
+    visit.page.close()
 
 
 def test_the_figures_to_play_with_are_there():
@@ -147,6 +199,7 @@ def test_search_finds_semiseparable(desk, address):
     assert any("02_duality" in a.get_attribute("href") for a in links)
     page.wait_for_selector("#search-results .context")
     page.wait_for_load_state("networkidle")  # each page found is read for its words
+    assert re.search(r"/(\d\d_|glossary)", links[0].get_attribute("href"))
     found = page.inner_text("#search-results")
     assert "semiseparable: " in found  # of the glossary
     assert "\\" not in found  # no TeX
@@ -155,7 +208,7 @@ def test_search_finds_semiseparable(desk, address):
 
 def test_the_copy_button_copies_the_cell(desk, address):
     page = Visit(desk, address, "book/01_recurrence.html").page
-    cell = page.query_selector(".cell_input .highlight")
+    cell = page.query_selector(".cell:not(.setup) .cell_input .highlight")
     cell.hover()
     cell.query_selector(".copybtn").click()
     page.wait_for_selector(".copybtn.success")
@@ -174,6 +227,15 @@ BROKEN = {
     "barriers": '<p style="color: #bbb">pale words</p>',
     "barriers to names": "<button></button>",
     "sticking_out": '<p style="width: 2000px">wide</p>',
+    "tables_cut": f"<table><tr>{'<td>a cell</td>' * 99}</tr></table>",
+    "columns_lost": f"<table><tr>{'<td>a cell</td>' * 99}</tr></table>",
+    "words_broken": '<table style="width: 1px; word-break: break-all"><td>word</table>',
+    "figures_cut": '<svg aria-label="x" viewBox="0 0 9 9" style="width: 9000px"></svg>',
+    "figures_cut by their words": '<svg aria-label="x" viewBox="0 0 9 9" '
+    'style="width: 9px; overflow: visible"><text>words</text></svg>',
+    "images_without_size": '<img src="favicon.ico" alt="x">',
+    "tab_stops_of_math": '<mjx-container tabindex="0">x</mjx-container>',
+    "pale_on_paper": '<p style="color: #ccc">pale words</p>',
     "sticking_out of a line": '<p><i style="overflow: auto"><input size="999"></i></p>',
 }
 
@@ -194,6 +256,23 @@ def test_a_broken_page_is_caught(method, browser, serve, tmp_path):
             for name in ("sound", "broken")
         )
     assert not sound and broken
+
+
+def test_small_and_pale_words_in_figures_are_measured(browser, serve, tmp_path):
+    svg = '<svg aria-label="x" viewBox="0 0 100 50" style="width: 50px">{}</svg>'
+    words = (
+        '<g id="text_1"><g transform="translate(9 30) scale(0.1)" fill="{}">{}</g></g>'
+    )
+    words = words.format("#bbb", '<rect width="200" height="90"></rect>')
+    html = (
+        f'<body style="background: #fff"><article>{svg.format(words)}</article></body>'
+    )
+    (tmp_path / "page.html").write_text(html)
+    (tmp_path / "favicon.ico").touch()
+    address = serve(tmp_path)
+    with profile(browser, address) as fresh:
+        [(size, ratio, name)] = Visit(fresh, address, "page.html").words_in_figures()
+    assert name == "x" and abs(size - 5) < 0.1 and 1.8 < ratio < 2
 
 
 def test_a_dead_slider_is_caught(desk, address):

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = checks.read(checks.SITE)
+HEAD = """<meta name="description" content="x"><meta property="og:title" content="x">
+<meta property="og:image" content="other.html">"""
 ARTICLE = "<html><body><article>{}</article></body></html>"
 FAULTS = {  # for each check, pieces of a page that it must refuse
     checks.broken_links: [
@@ -49,8 +51,16 @@ FAULTS = {  # for each check, pieces of a page that it must refuse
         "<style>@font-face {src: url(https://a.org/x.woff2)}</style>",
         '<link rel="stylesheet" href="sheet.css">',
     ],
+    checks.numbers_without_a_link: [
+        "<p>as chapter 9 says</p>",
+        "<td>arXiv 2603.09555</td>",
+        '<section id="further-reading"><p>arXiv:2603.09555</p></section>',
+    ],
+    checks.hints_to_tools: ["<pre>x = 1  # fmt: skip</pre>"],
+    checks.nameless_folds: ["<summary>Show code cell source</summary>"],
 }
-SOUND = """<h1 id="top">Title</h1><p>It costs $5, or 2 * 3 * 4; <code>$x$</code>.</p>
+SOUND = """<h1 id="top">Title</h1><p>
+<a href="other.html">Chapter 9</a>: it costs $5, or 2 * 3 * 4; <code>$x$</code>.</p>
 <p><span class="math">\\(x\\)</span> <a href="#top">up</a>
 <a href="other.html#there">on</a> <a href="https://a.org">a page elsewhere</a>
 </p><img src="other.html" alt="a plot">
@@ -59,8 +69,8 @@ SOUND = """<h1 id="top">Title</h1><p>It costs $5, or 2 * 3 * 4; <code>$x$</code>
 
 def site_with(folder, body):
     """A site of two pages, the first of which holds `body`."""
-    (folder / "page.html").write_text(ARTICLE.format(body))
-    (folder / "other.html").write_text(ARTICLE.format('<p id="there">x</p>'))
+    (folder / "page.html").write_text(HEAD + ARTICLE.format(body))
+    (folder / "other.html").write_text(HEAD + ARTICLE.format('<p id="there">x</p>'))
     (folder / "sheet.css").write_text("p {background: url('https://a.org/x.png')}")
     pages = checks.read(folder)
     return pages[(folder / "page.html").resolve()], pages
@@ -89,6 +99,17 @@ def test_a_sound_page_has_no(check, tmp_path):
 )
 def test_a_broken_page_is_caught_by(check, body, tmp_path):
     assert list(check(*site_with(tmp_path, body)))
+
+
+def test_a_page_without_a_head_or_a_number_is_caught(tmp_path):
+    page = tmp_path / "book/03_chunking.html"
+    page.parent.mkdir()
+    page.write_text(ARTICLE.format("<h1>Chunks</h1>"))
+    page = checks.read(tmp_path)[page.resolve()]
+    assert len([*checks.missing_heads(page, {})]) == 3
+    assert [*checks.chapters_without_a_number(page, {})] == ["Chunks"]
+    page.source = page.source.replace("<h1>", "<h1>3. ")
+    assert not [*checks.chapters_without_a_number(page, {})]
 
 
 @pytest.mark.parametrize("folder", ["book/_static/vendor", "tests/site/axe"])

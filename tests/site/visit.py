@@ -106,10 +106,172 @@ class Visit:
           return bad;
         }""")
 
-    def scales(self):
-        """Pixels a unit of each drawing: its 11 pt text is 11 times that high."""
-        return self.page.evaluate("""() => [...document.querySelectorAll(".figure svg")]
-          .map((e) => e.getBoundingClientRect().width / e.viewBox.baseVal.width)""")
+    def tables_cut(self):
+        """Tables of which a part is out of sight: their box scrolls, or ends before."""
+        return self.page.evaluate("""() => {
+          const cut = (table) => {
+            const { right } = table.getBoundingClientRect();
+            if (right > document.documentElement.clientWidth + 1) return true;
+            for (let a = table; (a = a.parentElement).localName != "article"; )
+              if (getComputedStyle(a).overflowX != "visible"
+                  && right > a.getBoundingClientRect().right + 1) return true;
+            return false;
+          };
+          return [...document.querySelectorAll("article table")]
+            .filter((e) => e.checkVisibility() && cut(e))
+            .map((e) => e.rows[0].textContent.slice(0, 60));
+        }""")
+
+    def columns_lost(self):
+        """Tables that scroll although their first column does not stay in place."""
+        return self.page.evaluate("""() => {
+          const box = (e) => e.closest(".data, .pst-scrollable-table-container");
+          const room = (e) => (box(e) ?? e.parentElement).clientWidth + 1;
+          const look = (e) => getComputedStyle(e.rows[0].cells[0]);
+          const stays = (e) => look(e).position == "sticky";
+          const lost = (e) => e.scrollWidth > room(e) && !stays(e);
+          return [...document.querySelectorAll("article table:not(.genindextable)")]
+            .filter((e) => e.checkVisibility() && lost(e))
+            .map((e) => e.rows[0].textContent.slice(0, 60));
+        }""")
+
+    def words_broken(self):
+        """Words in tables that are cut between two letters."""
+        return self.page.evaluate(r"""() => {
+          const bad = [];
+          for (const table of document.querySelectorAll("article table")) {
+            const walk = document.createTreeWalker(table, NodeFilter.SHOW_TEXT);
+            for (let n; (n = walk.nextNode()); ) {
+              if (n.parentElement.closest(".math, mjx-container")) continue;
+              for (const word of n.data.matchAll(/[A-Za-z]{3,}/g)) {
+                const range = document.createRange();
+                range.setStart(n, word.index);
+                range.setEnd(n, word.index + word[0].length);
+                const tops = [...range.getClientRects()].map((r) => Math.round(r.top));
+                if (new Set(tops).size > 1) bad.push(word[0]);
+              }
+            }
+          }
+          return bad;
+        }""")
+
+    def figures_cut(self):
+        """Drawings that are wider than their box, or that words leave by their side."""
+        return self.page.evaluate("""() => {
+          const cut = (svg) => {
+            const own = svg.getBoundingClientRect();
+            if (own.width > svg.parentElement.clientWidth + 1) return true;
+            return [...svg.querySelectorAll("text, [id*=text_]")].some((text) => {
+              const { left, right, width } = text.getBoundingClientRect();
+              return width && (left < own.left - 2 || right > own.right + 2);
+            });
+          };
+          return [...document.querySelectorAll("article svg[aria-label]")]
+            .filter((e) => e.checkVisibility() && cut(e))
+            .map((e) => e.getAttribute("aria-label").slice(0, 60));
+        }""")
+
+    def words_in_figures(self):
+        """(letters' height in pixels, contrast with the page, figure) of each text.
+
+        matplotlib draws text as shapes at a hundredth of their size. Words that stand
+        on a colored patch are left out.
+        """
+        return self.page.evaluate("""() => {
+          const canvas = document.createElement("canvas").getContext("2d");
+          const parts = (color) => {
+            canvas.clearRect(0, 0, 1, 1);
+            canvas.fillStyle = color;
+            canvas.fillRect(0, 0, 1, 1);
+            return [...canvas.getImageData(0, 0, 1, 1).data];
+          };
+          const light = (color) => {
+            const [r, g, b] = parts(color).map((v) => v / 255)
+              .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const page = light(getComputedStyle(document.body).backgroundColor);
+          const out = [];
+          for (const svg of document.querySelectorAll("article svg[aria-label]")) {
+            if (!svg.checkVisibility()) continue;
+            const filled = [...svg.querySelectorAll("path, rect, image")].filter((e) =>
+              !e.closest("defs") && !e.closest("[id*=text_]")
+              && getComputedStyle(e).fill != "none")
+              .map((e) => e.getBoundingClientRect());
+            const texts = "text, [id*=text_] > g[transform]";
+            for (const text of svg.querySelectorAll(texts)) {
+              const box = text.getBoundingClientRect();
+              if (!box.width) continue;
+              const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+              const { a, b } = text.getScreenCTM();
+              const size = text.localName == "text"
+                ? parseFloat(getComputedStyle(text).fontSize) : 100;
+              const on = filled.some((r) =>
+                r.left < x && x < r.right && r.top < y && y < r.bottom);
+              const words = light(getComputedStyle(text).fill);
+              const [low, high] = [words, page].sort((p, q) => p - q);
+              out.push([Math.hypot(a, b) * size, on ? 21 : (high + 0.05) / (low + 0.05),
+                svg.getAttribute("aria-label").slice(0, 60)]);
+            }
+          }
+          return out;
+        }""")
+
+    def tab_stops_of_math(self):
+        return self.page.evaluate("""() =>
+          document.querySelectorAll("mjx-container[tabindex='0']").length""")
+
+    def shift(self):
+        """How much of the window moved while the page loaded, as Chromium counts it."""
+        return self.page.evaluate("""() => new Promise((done) => {
+          let sum = 0;
+          new PerformanceObserver((list) => {
+            for (const e of list.getEntries()) sum += e.hadRecentInput ? 0 : e.value;
+          }).observe({ type: "layout-shift", buffered: true });
+          setTimeout(() => done(sum), 50);
+        })""")
+
+    def images_without_size(self):
+        return self.page.evaluate("""() =>
+          [...document.querySelectorAll("article :is(img, svg[aria-label])")]
+            .filter((e) => !e.getAttribute("viewBox")
+              && !(e.getAttribute("width") && e.getAttribute("height")))
+            .map((e) => e.outerHTML.slice(0, 80))""")
+
+    def pale_on_paper(self):
+        """Text that is printed in a light color."""
+        return self.page.evaluate(r"""() => {
+          const bad = new Set();
+          const texts = "article :is(p, td, h1, li, pre, span, a)";
+          for (const e of document.querySelectorAll(texts)) {
+            if (!e.checkVisibility() || !e.textContent.trim()) continue;
+            const [r, g, b] = getComputedStyle(e).color.match(/[\d.]+/g).map(Number);
+            if (0.2126 * r + 0.7152 * g + 0.0722 * b > 140)
+              bad.add(e.textContent.slice(0, 40));
+          }
+          return [...bad];
+        }""")
+
+    def rings_missing(self, stops):
+        """Which of the first stops of the Tab key show no ring."""
+        missing = []
+        self.page.evaluate("document.activeElement.blur(), window.scrollTo(0, 0)")
+        for _ in range(stops):
+            self.page.keyboard.press("Tab")
+            name = self.page.evaluate(r"""() => {
+              const e = document.activeElement, s = getComputedStyle(e);
+              const ring = s.outlineStyle != "none" && parseFloat(s.outlineWidth) >= 2
+                && !/, 0\)$/.test(s.outlineColor);
+              const seen = ring || /[3-9]px$|[2-9]px( inset)?$/.test(s.boxShadow);
+              return seen || e == document.body ? null : e.outerHTML.slice(0, 80);
+            }""")
+            missing += [name] if name else []
+        return missing
+
+    def size(self, window):
+        """Make the window this large and wait until the page has followed."""
+        self.page.set_viewport_size(window)
+        self.page.evaluate("new Promise(requestAnimationFrame)")
 
     def theme(self, mode):
         """Press the color button until the page is in that mode."""

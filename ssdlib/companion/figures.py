@@ -1,0 +1,124 @@
+"""A matplotlib figure as inline SVG that fits a page: light or dark, wide or narrow.
+
+Every figure is drawn twice. The second drawing is for a phone: its panels stand below
+each other, titles are wrapped, and text has the size that it needs there. Style sheets
+of the book choose; where there are none, as in Colab, the wide one is seen.
+"""
+
+import hashlib
+import io
+import re
+import textwrap
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+from matplotlib.gridspec import GridSpec
+from matplotlib.text import Text
+
+__all__ = ["HUES", "INK", "inline"]
+
+INK = "#010203"  # stands for the page's own text color, light or dark
+# As drawn on a light page; book.css lightens each on a dark one (`--fig-blue`, ...).
+HUES = {
+    "blue": "#1f6cc0",
+    "orange": "#b45309",
+    "green": "#1a7a52",
+    "pink": "#c0356a",
+    "purple": "#7448c4",
+    "gray": "#696969",
+    "teal": "#0b7680",
+    "gold": "#806600",
+    "red": "#c0392b",
+}
+PHONE = 3.5  # inches of the narrow drawing, shown at 100 pixels an inch
+
+
+def inline(figure, alt: str) -> str:
+    """HTML with both drawings of a figure, which is closed; `alt` describes it."""
+    wide = _drawn(figure, alt, "wide", f"width: min(100%, {_pixels(figure)})")
+    _narrow(figure)
+    narrow = _drawn(figure, alt, "narrow", f"width: {_pixels(figure)}; display: none")
+    plt.close(figure)
+    return f'<div class="figure">{wide}{narrow}</div>'
+
+
+def _pixels(figure) -> str:
+    return f"{110 * figure.get_figwidth():.0f}px"  # a small one is not blown up
+
+
+def _narrow(figure) -> None:
+    """Make a figure as wide as a phone: panels below each other, text at least 8 pt."""
+    axes = [ax for ax in figure.axes if ax.get_subplotspec()]
+    if not axes:  # placed by hand
+        return
+    panels = list(dict.fromkeys(ax.get_subplotspec() for ax in axes))
+    height = figure.get_figheight()
+    grid = panels[0].get_gridspec()
+    columns = grid.ncols
+    if grid.nrows == 1 < columns:
+        column = GridSpec(columns, 1, figure=figure)
+        for ax in axes:
+            ax.set_subplotspec(column[panels.index(ax.get_subplotspec())])
+            if ax in axes[0].get_shared_y_axes().get_siblings(axes[0]):
+                ax.tick_params(labelleft=True)  # it had those of its neighbor
+        height, columns = height * columns, 1
+    height *= 0.75
+    shapes = [ax.get_data_ratio() for ax in axes if ax.get_aspect() != "auto"]
+    if shapes:  # matrices: as high as their columns are wide, with room for labels
+        rows = len(panels) / columns
+        height = rows * (max(shapes) * (PHONE / columns - 0.6) + 0.6)
+    lines = 0
+    for ax in axes:
+        for place in ("left", "center", "right"):
+            title = _wrapped(ax.get_title(place), 34 // columns)
+            if title:
+                ax.set_title(title, loc=place)
+                lines += title.count("\n")
+        ax.set_xlabel(_wrapped(ax.get_xlabel(), 42 // columns))
+    if title := _wrapped(figure.get_suptitle(), 44):
+        figure.suptitle(title, x=0.01, ha="left")
+        lines += 1 + title.count("\n")
+    for text in figure.findobj(Text):
+        text.set_size(max(8, 0.8 * text.get_size()))
+    for ax in axes:
+        ax.tick_params(labelsize=8.8)
+    figure.set_size_inches(PHONE, height + 0.2 * lines)
+    figure.draw_without_rendering()
+    for ax in axes:
+        labels = [label for label in ax.get_xticklabels() if label.get_text()]
+        boxes = [label.get_window_extent() for label in labels]
+        if any(a.x1 > b.x0 for a, b in pairwise(boxes)):
+            plt.setp(labels, rotation=90, ha="center")
+    for text in (text for ax in axes for text in ax.texts):
+        for letters in 28, 20:  # until it does not leave the figure
+            box = text.get_window_extent()
+            if box.x0 < 0 or box.x1 > figure.bbox.x1:
+                text.set_text(_wrapped(text.get_text(), letters))
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` letters; a formula is not cut."""
+    whole = re.sub(r"\$[^$]*\$", lambda m: m[0].replace(" ", "\0"), text)
+    return textwrap.fill(whole, width, break_long_words=False).replace("\0", " ")
+
+
+def _drawn(figure, alt: str, kind: str, style: str) -> str:
+    """One drawing as an <svg> element whose ids no other drawing on a page has."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    for name, hue in HUES.items():
+        svg = svg.replace(f": {hue}", f": var(--fig-{name}, {hue})")
+    svg = re.sub(r"\b([1-9]\d*\.\d\d)\d+", r"\1", svg)  # a hundredth of a point will do
+    # Two drawings weigh little more than one had: no blanks, short names of letters.
+    svg = re.sub(r"\s*(<!--.*?-->)?\s*\n\s*", "\n", svg, flags=re.S)
+    svg = svg.replace("xlink:href", "href").replace("DejaVuSans-", "g")
+    prefix = "f" + hashlib.sha256(alt.encode()).hexdigest()[:6] + kind[0] + "-"
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    about = f'class="{kind}" role="img" aria-label="{label}" style="{style}"'
+    return svg.replace("<svg", f"<svg {about}", 1)
