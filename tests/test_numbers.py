@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from ssdlib import Mamba2Config
-from ssdlib.companion.prose import typeset
 from ssdlib.compiler import hlo
 from ssdlib.compiler.chips import CHIPS
 from ssdlib.measure import estimate
@@ -92,21 +91,3 @@ def test_published_rates_are_read_from_the_record_and_not_typed():
             cells = json.loads(path.read_text())["cells"]
             code = ("".join(c["source"]) for c in cells if c["cell_type"] == "code")
             assert not typed.search("\n".join(code)), path.stem
-
-
-@pytest.mark.parametrize(
-    "written, read",
-    [
-        ("4e-07 and 2.7e-03", "4 · 10⁻⁷ and 2.7 · 10⁻³"),
-        ("1.2e-02, 2e+00, 1.5e+01, 0e+00", "0.012, 2, 15, 0"),
-        ("2e+09", "2 · 10⁹"),
-        ("15% and **64.0%**", "15\xa0% and **64.0\xa0%**"),
-        (
-            "15 % stays, and `x[:, 5%3] == 1e-05`",
-            "15 % stays, and `x[:, 5%3] == 1e-05`",
-        ),
-        ("f32[256] of layer1e2", "f32[256] of layer1e2"),
-    ],
-)
-def test_sentences_carry_powers_and_percentages_as_a_book_prints_them(written, read):
-    assert typeset(written) == read

@@ -23,7 +23,7 @@ import numpy as np
 import traitlets
 from IPython.display import HTML, Markdown, display
 
-from ssdlib.companion.prose import typeset
+from ssdlib.companion.numerals import written
 from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
 
@@ -163,8 +163,8 @@ def _unseen() -> str:
 
 
 def say(text: str) -> None:
-    """Markdown prose, for sentences that carry a computed number."""
-    display(Markdown(typeset(text)))
+    """Markdown prose, for sentences that carry a computed number (see `written`)."""
+    display(Markdown(written(text)))
 
 
 def source(fn) -> None:
@@ -227,7 +227,7 @@ def _made_or_recorded(name, target, make, live):
 
 def show(figure, alt: str) -> None:
     """The figure as inline SVG that takes the page's text color; `alt` describes it."""
-    display(HTML(_svg(figure, typeset(alt))))
+    display(HTML(_svg(figure, alt)))
 
 
 def explore(label: str, values, draw, first: int = 0) -> None:
