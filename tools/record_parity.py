@@ -3,8 +3,8 @@
     python tools/record_parity.py
 
 Chapter 10 shows it. Runs the nine models of tests/golden/make_golden.py with torch and
-transformers on the CPU, live, and the models of chapter 13 against the loops of their
-papers. Needs the test extra and requirements-extras.txt. Takes about a minute.
+transformers on the CPU, live, and the models of chapters 13 and 14 against the loops
+of their papers. Needs the test extra and requirements-extras.txt. Takes about a minute.
 """
 
 import datetime

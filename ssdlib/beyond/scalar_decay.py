@@ -66,7 +66,7 @@ def linear_attention(
     recurrence as the values, with 1 in place of v: it is one more row of the state,
     which is then (b, H, P+1, N). Features must keep that sum from zero.
     Dtypes and errors as in `simple_gla`. Source: Katharopoulos et al. 2020
-    (arXiv 2006.16236), equations 16 to 20, and 12 for the normalized sum.
+    (arXiv 2006.16236), section 3.
     """
     _check(q, k, v)
     no_decay = jnp.zeros(v.shape[2], accumulator(v))
@@ -96,7 +96,7 @@ def retention(
     enter by their difference only. Decay and angles do not depend on the input.
     The retention of RetNet without its projections, group norm and gate. N is even.
     Dtypes and errors as in `simple_gla`. Source: Sun et al. 2023 (arXiv 2307.08621),
-    equations 5, 6 and 8; θ as in its code, microsoft/torchscale.
+    section 2; θ as in its code, microsoft/torchscale.
     """
     _check(q, k, v)
     T, (H, N) = v.shape[1], (v.shape[2], q.shape[-1])
@@ -144,8 +144,8 @@ def mlstm(
     not depend on m, so no gradient need flow through it, and m may be rounded freely.
     Where n · q cancels, y is ill-conditioned in any program. log_f <= 0. No scale is
     applied: the paper divides k by √N. Dtypes and errors as in `simple_gla`.
-    Source: Beck et al. 2024 (arXiv 2405.04517), equations 15 to 17 (stabilizer) and
-    19 to 27 (mLSTM).
+    Source: Beck et al. 2024 (arXiv 2405.04517), section 2: the stabilizer and the
+    mLSTM.
     """
     gates = {"log_i": (log_i, "b T H"), "log_f": (log_f, "b T H")}
     _check(q, k, v, **gates)

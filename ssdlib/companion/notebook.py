@@ -23,6 +23,7 @@ from IPython.display import HTML, Markdown, display
 from ssdlib.companion.figures import HUES as _HUES
 from ssdlib.companion.figures import INK as _INK
 from ssdlib.companion.figures import inline
+from ssdlib.companion.numerals import written
 from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
 
@@ -151,8 +152,8 @@ def _unseen() -> str:
 
 
 def say(text: str) -> None:
-    """Markdown prose, for sentences that carry a computed number."""
-    display(Markdown(text))
+    """Markdown prose, for sentences that carry a computed number (see `written`)."""
+    display(Markdown(written(text)))
 
 
 def source(fn) -> None:
