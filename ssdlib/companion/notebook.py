@@ -23,6 +23,7 @@ import numpy as np
 import traitlets
 from IPython.display import HTML, Markdown, display
 
+from ssdlib.companion.numerals import written
 from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
 
@@ -162,8 +163,8 @@ def _unseen() -> str:
 
 
 def say(text: str) -> None:
-    """Markdown prose, for sentences that carry a computed number."""
-    display(Markdown(text))
+    """Markdown prose, for sentences that carry a computed number (see `written`)."""
+    display(Markdown(written(text)))
 
 
 def source(fn) -> None:
