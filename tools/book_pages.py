@@ -9,6 +9,7 @@ first uses it. Hints to the code formatter are left out.
 import re
 
 from docutils import nodes
+from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
@@ -74,6 +75,23 @@ class Folds(SphinxPostTransform):
             cell["prompt_show"], cell["prompt_hide"] = f"Show {held}", f"Hide {held}"
 
 
+class RunTime(SphinxPostTransform):
+    """The time that a chapter took in this build, instead of about which."""
+
+    default_priority = 800
+
+    def run(self, **options):
+        data = NbMetadataCollector.get_doc_data(self.env).get(self.env.docname, {})
+        seconds = data.get("exec_data", {}).get("runtime")
+        for word in self.document.findall(nodes.strong):
+            if word.astext() == "Runs in" and seconds is not None:
+                text = word.next_node(nodes.Text, descend=False, siblings=True)
+                took = max(5, 5 * round(seconds / 5))
+                took = f"{took} seconds where this page was built"
+                new = re.sub("about .*? CPU cores", took, text.astext(), count=1)
+                text.parent.replace(text, nodes.Text(new))
+
+
 class Links(SphinxPostTransform):
     """Let what names a chapter, an equation, a paper or a word lead there."""
 
@@ -123,11 +141,12 @@ class Links(SphinxPostTransform):
 
     def places(self, text: str) -> list:
         """The text, cut at chapters, equations and papers, which become links."""
-        parts, end = [], 0
+        parts, end, before = [], 0, None
         for found in PLACE.finditer(text):
-            parts.append(text[end : found.start()])
-            parts += self.place(found)
-            end = found.end()
+            between = text[end : found.start()]
+            there = before if between == ", " else None  # "chapter 6, equation 5"
+            parts += [between, *self.place(found, there)]
+            before, end = found["chapters"], found.end()
         return [*parts, text[end:]]
 
     def outputs(self) -> None:
@@ -138,24 +157,26 @@ class Links(SphinxPostTransform):
                 parts[::2] = ["".join(map(_html, self.places(p))) for p in parts[::2]]
                 raw[:] = [nodes.Text("".join(parts))]
 
-    def place(self, found) -> list:
+    def place(self, found, there: str | None) -> list:
         if paper := found["paper"]:
             uri = f"https://arxiv.org/abs/{paper}"
             return [nodes.reference("", found[0], refuri=uri, internal=False)]
         if self.cites:
             return [found[0]]
         pieces, last = [], 0
+        there = there and self.chapters.get(int(re.search(r"\d+", there)[0]))
         for digits in re.finditer(r"(?:[CcEe]\w+ )?(\d+)", found[0]):
+            chapter, n = bool(found["chapters"]), int(digits[1])
             pieces += [found[0][last : digits.start()]]
-            pieces += [
-                self.numbered(digits[0], int(digits[1]), bool(found["chapters"]))
-            ]
+            pieces += [self.numbered(digits[0], n, chapter, there)]
             last = digits.end()
         return pieces
 
-    def numbered(self, words: str, n: int, chapter: bool):
+    def numbered(self, words: str, n: int, chapter: bool, there: str | None):
         if chapter and n in self.chapters:
             return self.link(self.chapters[n], "", words)
+        if not chapter and there:
+            return self.link(there, f"equation-{n}", words)
         if not chapter and f"equation-{n}" in self.anchors:
             return self.link(self.env.docname, f"equation-{n}", words)
         return words
@@ -197,5 +218,6 @@ def setup(app):
     """Register with Sphinx."""
     app.add_transform(Numbers)
     app.add_post_transform(Folds)
+    app.add_post_transform(RunTime)
     app.add_post_transform(Links)
     return {"version": "1", "parallel_read_safe": True}
