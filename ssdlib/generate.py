@@ -24,7 +24,7 @@ from ssdlib.cache import Cache, check_cache, init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, prefill, read
 from ssdlib.params import Params, checked_params
-from ssdlib.sample import check_options, sample
+from ssdlib.sample import check_options, is_end, sample, unless_ended
 
 __all__ = ["Generation", "bucket", "generate", "stream"]
 
@@ -261,7 +261,7 @@ def _generation(
         token = jnp.where(alive, token, fill)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, 1)
         lengths = lengths + alive.astype(jnp.int32)
-        alive = alive if eos_id is None else alive & ~_is_end(token, eos_id)
+        alive = alive if eos_id is None else alive & ~is_end(token, eos_id)
         return token, i + 1, alive, tokens, lengths
 
     def unfinished(carry):
@@ -286,19 +286,6 @@ def _generation(
 STATIC = "read", "config", "masked", "goes_on", "size"
 _program = jax.jit(_generation, static_argnames=STATIC, donate_argnames="cache")
 _inner_program = jax.jit(_generation, static_argnames=STATIC)  # inside another program
-
-
-def unless_ended(prompt, real, eos_id):
-    """No real tokens for a row that goes on with eos_id alone, as it has ended."""
-    if eos_id is None:
-        return real
-    xp = jnp if is_traced(prompt) or isinstance(prompt, jax.Array) else np
-    return xp.where((real == 1) & _is_end(prompt[:, 0], eos_id), 0, real)
-
-
-def _is_end(token, eos_id):
-    """(b,): whether a row's token is one of those that end it."""
-    return (token[:, None] == eos_id[None]).any(-1)
 
 
 def bucket(size: int) -> int:

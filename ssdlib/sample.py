@@ -136,3 +136,16 @@ def _keep(logits, weights, enough):
     before = before - jnp.where(equal, weights, 0)  # of tokens of one weight
     needed = before + held(above)[:, None] < enough[:, None]
     return jnp.where(above | (equal & needed), logits, -jnp.inf)
+
+
+def unless_ended(prompt, real, eos_id):
+    """No real tokens for a row that goes on with eos_id alone, as it has ended."""
+    if eos_id is None:
+        return real
+    xp = jnp if is_traced(prompt) or isinstance(prompt, jax.Array) else np
+    return xp.where((real == 1) & is_end(prompt[:, 0], eos_id), 0, real)
+
+
+def is_end(token, eos_id):
+    """(b,): whether a row's token is one of those that end it."""
+    return (token[:, None] == eos_id[None]).any(-1)

@@ -40,7 +40,7 @@ STATED = {  # in prose, with the number in a group: where it comes from, pages a
         PAPER["prefill"]["mfu"],
         2,
     ),
-    r"(?:its|up to|case of the) (\d+) %": (PAPER["bandwidth"]["hbu"], 2),
+    r"(?:its|up to|case of the) (\d\d) %": (PAPER["bandwidth"]["hbu"], 2),
     r"here are both for (\w+) chips": (len(CHIPS), 1),
     r"wrote (\d+) of them": (
         len(json.loads(estimate.PATH.read_text())["programs"]),

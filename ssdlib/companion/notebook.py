@@ -35,6 +35,7 @@ __all__ = [
     "enable_x64",
     "exactly",
     "explore",
+    "inline",
     "link",
     "pick",
     "say",

@@ -25,10 +25,10 @@ from jaxtyping import Array, Int
 from ssdlib._checks import check_is, check_size, check_tokens
 from ssdlib.cache import Cache
 from ssdlib.config import Mamba2Config
-from ssdlib.generate import LONGEST, bucket, first_tokens, unless_ended
+from ssdlib.generate import LONGEST, bucket, first_tokens
 from ssdlib.model import ArrayLike, prefill, read, read_all
 from ssdlib.params import Params, checked_params
-from ssdlib.sample import check_options, probabilities
+from ssdlib.sample import check_options, probabilities, unless_ended
 
 __all__ = ["Lookup", "ModelDraft", "Speculation", "speculate"]
 
