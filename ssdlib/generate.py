@@ -125,9 +125,7 @@ def stream(
     return run_blocks(read, params, config, start, max_new_tokens, options, block)
 
 
-def _start(
-    params, config, prompt, lengths, cache, limits, most=LONGEST, meanwhile=None
-):
+def _start(params, config, prompt, lengths, cache, limits, most=None, meanwhile=None):
     """Check; pad the prompt to its bucket, or read one of more than `most` tokens.
 
     Its last token is left. Returns the parameters, where the generation starts, and its
@@ -142,7 +140,7 @@ def _start(
     else:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    if T <= most or is_traced(prompt):
+    if T <= (most or LONGEST) or is_traced(prompt):
         start = Start.of(prompt, bucket(T), lengths, cache, goes_on)
         return params, start, options
     masked, prompt = lengths is not None, np.asarray(prompt)

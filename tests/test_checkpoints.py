@@ -130,9 +130,9 @@ CASES = {
         lambda f: edit(f, hidden_act="gelu"),
         "config.json: hidden_act is 'gelu'; it must be",
     ),
-    ("transformers", "config.json", "`quantization_config`"): (
+    ("transformers", "config.json", "`quantization_config`, not of `ssdlib.save`"): (
         lambda f: edit(f, quantization_config={"bits": 4}),
-        "config.json: unknown key 'quantization_config'",
+        "config.json: quantization_config is {'bits': 4}",
     ),
     ("transformers", "config.json", "another `model_type`: Zamba2, Bamba, ..."): (
         lambda f: edit(f, model_type="zamba2"),
