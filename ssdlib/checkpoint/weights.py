@@ -63,6 +63,8 @@ def open_slices(
 ) -> tuple[Mamba2Config, dict[Place, tuple[jax.ShapeDtypeStruct, Callable]]]:
     """(config, parameter -> (its shape and dtype, a function that reads a part of it)).
 
+    For a matrix of eight bits, both are of its values and of its scale.
+
     The function takes a tuple of slices and reads only those bytes, as an array in
     NumPy. Names and shapes are checked here as in `load`, values as they are read.
     Raises as `load` does, and ValueError for a format that has no slices.
@@ -76,12 +78,17 @@ def open_slices(
             raise ValueError(f"{file}: no slices; convert it once with ssdlib.save")
         copy = stored.get(HEAD) if name == EMBEDDING and config.tie_embeddings else None
         kind = _kind(place[1], dtype)
-        part = partial(_read_part, file, name, read, copy and copy[2], kind)
+        part: Any = partial(_read_part, file, name, read, copy and copy[2], kind)
         like: Any = jax.ShapeDtypeStruct(shape, kind)
         if kind == jnp.int8:
             like = Int8Matrix(like, jax.ShapeDtypeStruct(shape[:1], jnp.float32))
+            part = Int8Matrix(*(partial(_field, part, k) for k in ("values", "scale")))
         out[place] = like, part
     return config, out
+
+
+def _field(read, name, index):
+    return getattr(read(index), name)
 
 
 def _of_weights(dtype) -> jnp.dtype:

@@ -58,8 +58,7 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1, devices=None) -> Mesh
 
 # --- what each device holds ----------------------------------------------------------
 
-# Which axis is split; else axis 0. A scale belongs to a row.
-AXIS = {"out": 1, "out_scale": None, "norm": None, "out_bias": None}
+AXIS = {"out": 1, "out_scale": None, "norm": None, "out_bias": None}  # split; else 0
 PER_HEAD = {"dt_bias", "A_log", "D"}
 
 
@@ -112,18 +111,19 @@ def spec(key: str) -> PartitionSpec:
 def map_params(fn, params: Params) -> Params:
     """fn(layer or None, key, value) for every parameter, twice for one in int8."""
 
-    def each(i, k, v):
-        if isinstance(v, Int8Matrix):
-            return Int8Matrix(fn(i, k, v.values), fn(i, f"{k}_scale", v.scale))
-        return fn(i, k, v)
+    def over(i, part):
+        return {k: _parts(partial(fn, i), k, v) for k, v in part.items()}
 
-    layers = tuple(
-        {k: each(i, k, v) for k, v in layer.items()}
-        for i, layer in enumerate(params["layers"])
-    )
-    return {k: each(None, k, v) for k, v in params.items() if k != "layers"} | {
-        "layers": layers
-    }
+    layers = tuple(over(i, layer) for i, layer in enumerate(params["layers"]))
+    rest = {k: v for k, v in params.items() if k != "layers"}
+    return over(None, rest) | {"layers": layers}
+
+
+def _parts(fn, key, *of):
+    if isinstance(of[0], Int8Matrix):
+        scales = fn(f"{key}_scale", *(v.scale for v in of))
+        return Int8Matrix(fn(key, *(v.values for v in of)), scales)
+    return fn(key, *of)
 
 
 def _place(config, mesh, key, value, read):
@@ -191,19 +191,8 @@ def load(
     params: dict = {"layers": tuple({} for _ in range(config.n_layers))}
     for (layer, key), (value, read) in parts.items():
         place = params if layer is None else params["layers"][layer]
-        if isinstance(value, Int8Matrix):
-            values, scale = (partial(_part, read, name) for name in ("values", "scale"))
-            place[key] = Int8Matrix(
-                _place(config, mesh, key, value.values, values),
-                _place(config, mesh, f"{key}_scale", value.scale, scale),
-            )
-        else:
-            place[key] = _place(config, mesh, key, value, read)
+        place[key] = _parts(partial(_place, config, mesh), key, value, read)
     return params, config
-
-
-def _part(read, name, index):
-    return getattr(read(index), name)
 
 
 def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
@@ -228,7 +217,6 @@ def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
         check_tree(tree, name="tree")
         return map_params(lambda _, key, v: put(v, *spec(key)), tree)
     check_batch(mesh, len(tree.length))
-
     h = tuple(put(v, "data", "model") for v in tree.h)
     return Cache(conv=put(tree.conv, "data"), h=h, length=put(tree.length, "data"))
 
@@ -261,9 +249,8 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
     conv = (*cache.conv.shape[:3], n * local.d_xBC)
     cache = replace(cache, conv=jax.ShapeDtypeStruct(conv, cache.conv.dtype))
 
-    def struct(v, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding)
+    def struct(v, at):
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, at))
 
     return jax.tree.map(struct, cache, cache_spec(config))
 
