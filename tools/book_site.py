@@ -16,6 +16,7 @@ from book_pages import number
 from docutils import nodes
 
 import ssdlib
+from ssdlib.beyond import transformer
 
 LENGTHS = [2**k for k in range(10, 17)]  # tokens read
 INK, PAPER, BLUE, ORANGE = "#1b2530", "#ffffff", "#1f6cc0", "#b45309"
@@ -27,17 +28,21 @@ PREVIEW = "preview.png"
 
 
 def sizes() -> tuple[float, list[float]]:
-    """MiB of the published 130m's cache, and of keys and values after each length."""
+    """MiB of the published 130m's cache, and of keys and values after each length.
+
+    Those of a Transformer with as many weights, as in the introduction.
+    """
     config = ssdlib.Mamba2Config.preset("130m")
     cache = jax.eval_shape(lambda: ssdlib.init_cache(config, 1))
     card = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    row = 2 * 4 * config.n_layers * config.d_model  # float32 keys and values of a token
+    twin = transformer.AttentionConfig.like(config)
+    row = 2 * 4 * twin.n_layers * twin.n_kv_heads * twin.head_dim  # float32, a token
     return card / 2**20, [row * T / 2**20 for T in LENGTHS]
 
 
 def amount(mib: float) -> str:
     """Words for a size in MiB."""
-    return f"{mib / 1024:.0f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
 def drawing() -> str:
