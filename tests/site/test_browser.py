@@ -134,7 +134,7 @@ def test_every_claim_shows_its_verdict_and_a_command_to_copy(desk, address):
 
 
 def test_the_figures_to_play_with_are_there():
-    names = "02_duality", "03_chunking", "06_generation", "09_roofline"
+    names = "02_duality", "03_chunking"
     assert {f"book/{name}.html" for name in names} <= set(SLIDERS)
 
 
@@ -142,6 +142,8 @@ def test_the_figures_to_play_with_are_there():
 def test_every_slider_changes_its_figure_by_keyboard_and_by_mouse(name, desk, address):
     page = Visit(desk, address, name).page
     for handle in page.query_selector_all(".noUi-handle"):
+        handle.press("Home")  # one opens with its last figure
+        page.wait_for_timeout(200)
         first = shown(handle)
         assert "<svg" in first
         assert handle.get_attribute("aria-label") not in (None, "", "slider")
