@@ -66,15 +66,18 @@ def is_number(value) -> bool:
     return isinstance(value, kinds) and np.ndim(value) == 0
 
 
-def floating(dtype) -> jnp.dtype:
-    """The dtype of that name or type. Raises ValueError unless it is floating point."""
+def floating(dtype, also: str = "") -> jnp.dtype:
+    """The dtype of that name or type. Raises ValueError unless it is floating point.
+
+    `also` is what else the caller takes: " or int8".
+    """
     try:
         found = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         what = described(dtype) if found is None else found
-        raise ValueError(f"dtype: {what}; it must be floating point")
+        raise ValueError(f"dtype: {what}; it must be floating point{also}")
     return found
 
 

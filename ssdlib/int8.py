@@ -60,11 +60,11 @@ class Int8Matrix:
     def take(self, rows, **out_of_range) -> Array:
         """`matrix.at[rows].get(...)` in numbers; its fill value replaces the scale."""
         scale = self.scale.at[rows].get(**out_of_range)
-        return self.values[rows].astype(self.dtype) * scale[..., None]
+        return Int8Matrix(self.values[rows], scale).astype(self.dtype)
 
     def astype(self, dtype) -> Array | np.ndarray:
-        """diag(scale) values as an array."""
-        return self.values.astype(dtype) * self.scale.astype(dtype)[..., None]
+        """diag(scale) values as an array, rounded to a narrower dtype once."""
+        return (self.values.astype(self.dtype) * self.scale[..., None]).astype(dtype)
 
 
 def product(W: Int8Matrix, u: Float[Array, "... i"], dtype) -> Float[Array, "... o"]:

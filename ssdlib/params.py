@@ -36,7 +36,7 @@ def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
     check_key(key)
     if is_int8(dtype):
         return quantize(init_params(config, key))
-    dtype = floating(dtype)
+    dtype = floating(dtype, " or int8")
     d, d_inner, d_xBC, H = config.d_model, config.d_inner, config.d_xBC, config.n_heads
     f32, matrix = jnp.float32, partial(random_matrix, dtype)
 

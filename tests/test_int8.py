@@ -163,12 +163,40 @@ def test_bytes_without_a_scale_and_other_formats_are_refused(tmp_path):
         save_file(tensors | wrong, file)
         with pytest.raises(ValueError, match=name):
             ssdlib.load(tmp_path, "int8")
-    save_file(tensors | {f"{name}_scale": scale}, file)
+    whole = tensors | {f"{name}_scale": scale}
+    norm = "backbone.layers.0.norm.weight"  # no matrix, though as many scales fit
+    many = np.ones((len(whole[norm]), 1), np.float32)
+    bytes_ = {norm: np.ones(len(many), np.int8), f"{norm}_scale": many}
+    save_file(whole | bytes_, file)
+    with pytest.raises(ValueError, match=norm):
+        ssdlib.load(tmp_path)
+    save_file(whole, file)
     about = json.loads((tmp_path / "config.json").read_text())
     about["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="quantization_config is"):
         ssdlib.load(tmp_path)
+
+
+def test_a_copy_of_the_tied_embedding_must_be_its_equal(tmp_path):
+    ssdlib.save(tmp_path, init_params(CONFIG, jax.random.key(0), "int8"), CONFIG)
+    file, copied = tmp_path / "model.safetensors", {}
+    tensors = load_file(file)
+    for name in ("weight", "weight_scale"):
+        copied[f"lm_head.{name}"] = tensors[f"backbone.embeddings.{name}"]
+    save_file(tensors | copied, file)
+    whole = ssdlib.load(tmp_path, "int8")[0]
+    assert is_matrix(whole["embedding"]) and "head" not in whole
+    for name, other in copied.items():
+        save_file(tensors | copied | {name: other[::-1].copy()}, file)
+        with pytest.raises(ValueError, match=r"'lm_head.weight' differs"):
+            ssdlib.load(tmp_path, "int8")
+
+
+def test_a_narrower_dtype_rounds_once():
+    q = Int8Matrix.of(RNG.standard_normal((40, 96)).astype(np.float32), np)
+    wide = q.astype(np.float32)
+    np.testing.assert_array_equal(q.astype(jnp.bfloat16), wide.astype(jnp.bfloat16))
 
 
 def test_a_checkpoint_in_eight_bits_is_refused_by_transformers(tmp_path):
@@ -182,9 +210,9 @@ def test_a_checkpoint_in_eight_bits_is_refused_by_transformers(tmp_path):
 
 @pytest.mark.parametrize("value", ["int4", jnp.int16, "eight", None, 8])
 def test_other_integers_are_no_dtype_of_weights(value):
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match="floating point or int8"):
         init_params(CONFIG, jax.random.key(0), value)
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match="floating point or int8"):
         ssdlib.load("tiny", value)
 
 

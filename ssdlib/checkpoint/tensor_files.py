@@ -55,12 +55,13 @@ def _safetensors(path: Path) -> Iterator[tuple[str, tuple, Callable]]:
     scales = {f"{name}_scale" for name, dtype, _ in about if dtype == "I8"}
     for name, dtype, shape in about:
         read = partial(_read_safetensors, path, name)
-        if dtype == "I8" and kinds.get(f"{name}_scale") == ("F32", (*shape[:1], 1)):
+        one_a_row = kinds.get(f"{name}_scale") == ("F32", (*shape[:1], 1))
+        if dtype == "I8" and len(shape) == 2 and one_a_row:
             read = partial(_read_int8, path, name)
         elif dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(
                 f"{path.name}: tensor {name!r} is {dtype}; it must be floating point "
-                "of 16 bits or more, or I8 with one scale a row as ssdlib.save writes"
+                "of 16 bits or more, or a matrix in I8 with a scale for each row"
             )
         if name not in scales:
             yield name, shape, read

@@ -44,10 +44,10 @@ def load(
     "tiny" is the byte-level model inside this package. A hub id such as
     "org/name" is downloaded once, through the `huggingface_hub` cache, at `revision`.
     Matrices are converted to `dtype`; decays, skips and norms are float32. With "int8"
-    matrices are those of `quantize`, and all else is float32. Names and
-    shapes are checked before any weight is read, and weights are read one by one, so
-    the peak of memory is one copy of the model and its largest tensor. In a terminal,
-    loads of more than two seconds show their progress.
+    matrices are those of `quantize`, and all else is float32. Names and shapes are
+    checked before any weight is read, and weights are read one by one, so the peak of
+    memory is one copy of the model and its largest tensor. In a terminal, loads of more
+    than two seconds show their progress.
 
     Raises OSError for a missing file, ImportError where a format needs torch, and
     ValueError that names the tensor or key for anything unknown, missing, double,
@@ -93,7 +93,7 @@ def _field(read, name, index):
 
 def _of_weights(dtype) -> jnp.dtype:
     """The dtype of the matrices: `available`, or int8."""
-    return jnp.dtype(jnp.int8) if is_int8(dtype) else available(dtype)
+    return jnp.dtype(jnp.int8) if is_int8(dtype) else available(dtype, " or int8")
 
 
 def _kind(key: str, dtype) -> jnp.dtype:
@@ -102,9 +102,9 @@ def _kind(key: str, dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if whole else dtype
 
 
-def available(dtype) -> jnp.dtype:
+def available(dtype, also: str = "") -> jnp.dtype:
     """The dtype, which JAX must have: it makes float32 of float64 unless told."""
-    dtype = floating(dtype)
+    dtype = floating(dtype, also)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
         raise ValueError("dtype: float64; set jax_enable_x64 first, or take float32")
     return dtype
@@ -159,7 +159,8 @@ def _read_part(file, name, read, read_copy, dtype, index) -> np.ndarray | Int8Ma
 
 
 def _check_tied(file, embedding, head) -> None:
-    if not np.array_equal(embedding, head):
+    a, b = map(jax.tree.leaves, (embedding, head))  # two each for eight bits
+    if len(a) != len(b) or not all(map(np.array_equal, a, b)):
         raise ValueError(
             f"{file}: config.json ties embedding and head, but {HEAD!r} differs"
         )

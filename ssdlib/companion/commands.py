@@ -50,9 +50,10 @@ def keep_programs() -> None:
     flags = record.proc("/proc/cpuinfo", "flags")  # of x86; an ARM has Features
     flags = flags or record.proc("/proc/cpuinfo", "Features")
     kind = f"{platform.machine()} {flags} {jax.__version__}"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base, "ssdlib", hashlib.sha256(kind.encode()).hexdigest()[:12])
-    with contextlib.suppress(OSError):
+    name = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one to read alone
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base, "ssdlib", name)
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))

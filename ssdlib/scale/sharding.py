@@ -135,10 +135,7 @@ def _place(config, mesh, key, value, read):
     axis, shape, size = AXIS.get(key, 0), list(value.shape), value.shape[0]
     sharding = NamedSharding(mesh, spec(key))
     if axis is not None:
-        if key.removesuffix("_scale") in ("embedding", "head"):
-            size = -(-config.vocab_size // mesh.shape["model"])
-        else:
-            size = sum(b - a for a, b in _rows(config, mesh, key, 0))
+        size = sum(b - a for a, b in _rows(config, mesh, key, 0))
         shape[axis] = size * mesh.shape["model"]
     if read is None:
         return jax.ShapeDtypeStruct(shape, value.dtype, sharding=sharding)
