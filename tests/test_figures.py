@@ -1,6 +1,7 @@
 """Figures of the book fit a phone as they fit a page, and no drawing repeats an id."""
 
 import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +27,7 @@ def two_panels():
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True)
     figure.suptitle("A title that is much too long for one line of a phone's page")
     for ax in axes:
-        ax.plot([1, 2, 3], color=figures.HUES["blue"])
+        ax.plot([1, 2, 3], color=figures.COLOR["state"])
         ax.set_xlabel("tokens", size=6)
     axes[0].set_ylabel("ms")
     return figure
@@ -110,3 +111,9 @@ def test_hues_and_ink_follow_the_page():
 )
 def test_a_title_is_wrapped_and_a_formula_kept_whole(text, lines):
     assert figures._wrapped(text, 14).split("\n") == lines
+
+
+def test_the_style_sheet_has_the_hues_of_a_dark_page():
+    sheet = (Path(__file__).parent.parent / "book/_static/book.css").read_text()
+    dark = dict(re.findall(r"--fig-(\w+): (#\w+);", sheet))
+    assert dark == {name: lighter for name, (_, lighter) in figures.HUES.items()}

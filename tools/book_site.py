@@ -17,9 +17,11 @@ from docutils import nodes
 
 import ssdlib
 from ssdlib.beyond import transformer
+from ssdlib.companion.figures import COLOR
 
 LENGTHS = [2**k for k in range(10, 17)]  # tokens read
-INK, PAPER, BLUE, ORANGE = "#1b2530", "#ffffff", "#1f6cc0", "#b45309"
+INK, PAPER = "#1b2530", "#ffffff"
+BLUE, ORANGE = COLOR["state"], COLOR["attention"]
 SENTENCE = (
     "A language model whose memory does not grow with the text: derived, checked and "
     "compiled for CPU, GPU and TPU, in plain JAX."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import repository
 
-from ssdlib.companion.figures import INK
+from ssdlib.companion.figures import HUES, INK
 from ssdlib.compiler import hlo
 from ssdlib.measure.estimate import estimate
 
@@ -164,17 +164,19 @@ def figures() -> dict[str, str]:
     out = {}
     for theme, ink in INKS.items():
         names["show"] = lambda figure, alt, t=theme, i=ink: out.update(
-            {t: svg(figure, i)}
+            {t: svg(figure, i, t == "dark")}
         )
         exec(code[until], names)
     return out
 
 
-def svg(figure, ink: str) -> str:
-    """A figure of the book as the text of an SVG file."""
+def svg(figure, ink: str, dark: bool) -> str:
+    """A figure of the book as the text of an SVG file, for a page of one theme."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().replace(INK, ink)
+    for light, lighter in HUES.values():
+        text = text.replace(light, lighter if dark else light)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     return re.sub(r" +\n", "\n", text)
 

@@ -4,14 +4,14 @@
 
 The introduction shows all six; a chapter shows one again, small, where its idea becomes
 exact. Every picture is 350 units wide, so that its words can be read on a phone, takes
-the page's ink, and gives each thing its color of `notebook.COLOR`.
+the page's ink, and gives each thing its color of `figures.COLOR`.
 """
 
 from html import escape
 
 from IPython.display import HTML, display
 
-from ssdlib.companion.notebook import _HUES, COLOR
+from ssdlib.companion.figures import COLOR, INK, css
 
 __all__ = [
     "SMALL",
@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 WIDTH, SMALL = 480, 360  # pixels on a wide screen: in the introduction, in a chapter
-_NAMES = {hue: name for name, hue in _HUES.items()}
 
 
 class Sketch:
@@ -82,9 +81,7 @@ class Sketch:
 
 
 def _css(thing: str | None) -> str:
-    if thing is None or COLOR[thing] not in _NAMES:
-        return "currentColor"
-    return f"var(--fig-{_NAMES[COLOR[thing]]}, {COLOR[thing]})"
+    return css(COLOR[thing] if thing else INK)
 
 
 def two_readers(width: int = WIDTH) -> None:

@@ -9,28 +9,47 @@ import hashlib
 import io
 import re
 import textwrap
+from html import escape
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 from matplotlib.gridspec import GridSpec
 from matplotlib.text import Text
 
-__all__ = ["HUES", "INK", "inline"]
+__all__ = ["COLOR", "COLORS", "HUES", "INK", "css", "inline"]
 
 INK = "#010203"  # stands for the page's own text color, light or dark
-# As drawn on a light page; book.css lightens each on a dark one (`--fig-blue`, ...).
-HUES = {
-    "blue": "#1f6cc0",
-    "orange": "#b45309",
-    "green": "#1a7a52",
-    "pink": "#c0356a",
-    "purple": "#7448c4",
-    "gray": "#696969",
-    "teal": "#0b7680",
-    "gold": "#806600",
-    "red": "#c0392b",
+HUES = {  # on a light page, and on a dark one, as book.css has it: `--fig-blue`, ...
+    "blue": ("#1f6cc0", "#6fb1ff"),
+    "orange": ("#b45309", "#f0a35e"),
+    "green": ("#1a7a52", "#5cc79b"),
+    "pink": ("#c0356a", "#f58fb5"),
+    "purple": ("#7448c4", "#b79cf5"),
+    "gray": ("#696969", "#a8a8a8"),
+    "teal": ("#0b7680", "#5cc9d3"),
+    "gold": ("#806600", "#d9b44a"),
+    "red": ("#c0392b", "#ff8f80"),
+}
+COLORS = [light for light, _ in HUES.values()][:6]  # for a series without a meaning
+COLOR = {  # one color for one thing in the whole book
+    "state": HUES["blue"][0],
+    "attention": HUES["orange"][0],
+    "recurrence": HUES["green"][0],
+    "dual": HUES["pink"][0],
+    "chunked": HUES["purple"][0],
+    "float32": HUES["teal"][0],
+    "bfloat16": HUES["gold"][0],
+    "int8": HUES["red"][0],
+    "ours": INK,
+    "theirs": HUES["gray"][0],
 }
 PHONE = 3.5  # inches of the narrow drawing, shown at 100 pixels an inch
+
+
+def css(color: str) -> str:
+    """A color of `COLOR` as a page writes it, which knows whether it is dark."""
+    names = {light: name for name, (light, _) in HUES.items()}
+    return "currentColor" if color == INK else f"var(--fig-{names[color]}, {color})"
 
 
 def inline(figure, alt: str) -> str:
@@ -107,9 +126,9 @@ def _drawn(figure, alt: str, kind: str, style: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    for name, hue in HUES.items():
-        svg = svg.replace(f": {hue}", f": var(--fig-{name}, {hue})")
+    svg = svg[svg.index("<svg") :].replace(INK, css(INK))
+    for light, _ in HUES.values():
+        svg = svg.replace(f": {light}", f": {css(light)}")
     svg = re.sub(r"\b([1-9]\d*\.\d\d)\d+", r"\1", svg)  # a hundredth of a point will do
     # Two drawings weigh little more than one had: no blanks, short names of letters.
     svg = re.sub(r"\s*(<!--.*?-->)?\s*\n\s*", "\n", svg, flags=re.S)
@@ -119,6 +138,5 @@ def _drawn(figure, alt: str, kind: str, style: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    about = f'class="{kind}" role="img" aria-label="{label}" style="{style}"'
+    about = f'class="{kind}" role="img" aria-label="{escape(alt)}" style="{style}"'
     return svg.replace("<svg", f"<svg {about}", 1)

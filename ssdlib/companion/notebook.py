@@ -20,9 +20,7 @@ import numpy as np
 import traitlets
 from IPython.display import HTML, Markdown, display
 
-from ssdlib.companion.figures import HUES as _HUES
-from ssdlib.companion.figures import INK as _INK
-from ssdlib.companion.figures import inline
+from ssdlib.companion.figures import COLOR, COLORS, INK, inline
 from ssdlib.companion.numerals import written
 from ssdlib.compiler import hlo, targets
 from ssdlib.scale import parallel, sharding
@@ -46,19 +44,6 @@ __all__ = [
     "tolerance",
 ]
 
-COLORS = list(_HUES.values())[:6]  # for a series without a meaning of its own
-COLOR = {  # one color for one thing in the whole book
-    "state": _HUES["blue"],
-    "attention": _HUES["orange"],
-    "recurrence": _HUES["green"],
-    "dual": _HUES["pink"],
-    "chunked": _HUES["purple"],
-    "float32": _HUES["teal"],
-    "bfloat16": _HUES["gold"],
-    "int8": _HUES["red"],
-    "ours": _INK,
-    "theirs": _HUES["gray"],
-}
 _CHIPS = {"TPU": ("/dev/accel*", "/dev/vfio/[0-9]*"), "GPU": ("/dev/nvidia[0-9]*",)}
 
 try:
@@ -75,12 +60,12 @@ def start() -> bool:
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     ink = dict.fromkeys(
-        ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color"], _INK
+        ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color"], INK
     )
     plt.rcParams.update(ink)
     plt.rcParams.update(
         {
-            "ytick.color": _INK,
+            "ytick.color": INK,
             "axes.prop_cycle": matplotlib.cycler(color=COLORS),
             "axes.spines.top": False,
             "axes.spines.right": False,
