@@ -36,7 +36,7 @@ lab: $(READY) ## open the chapters in JupyterLab, to change and run them
 
 site: $(READY) ## test the built book in Chromium (after make extras, make book)
 	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
-	$(BIN)/pytest tests/site -rs -p no:cacheprovider --durations=5
+	$(BIN)/pytest tests/site -n 2 --dist loadgroup -rs -p no:cacheprovider --durations=5
 
 pdf: $(READY) ## print the built book to _build/book.pdf (after make extras, make book)
 	@test -d _build/html || { echo "No book yet. Run: make book"; exit 1; }
@@ -54,9 +54,10 @@ pytest: $(READY) ## the tests in tests/
 
 # The book reads what these runs leave in the cache, so nothing is run twice. Warnings are
 # errors in tests/ only: here they would come from Jupyter's own parts. A chapter that reads
-# the clock has the machine to itself; of the others, two run at a time.
+# the clock has the machine to itself, unless TIMED is set to nothing; of the others, two
+# run at a time.
 CHAPTER_FILES = $(filter %.ipynb,$(NB) $(wildcard $(NB:%=%/*.ipynb)))
-TIMED = $(shell grep -l perf_counter $(CHAPTER_FILES) /dev/null)
+TIMED ?= $(shell grep -l perf_counter $(CHAPTER_FILES) /dev/null)
 UNTIMED = $(filter-out $(TIMED),$(CHAPTER_FILES))
 RUN_CHAPTERS := $(BIN)/pytest --nbmake --nbmake-timeout=300 --nb-cache $(CACHE) \
   -p no:cacheprovider -W default -v --durations=0

@@ -37,7 +37,10 @@ def desk(browser, address):
         yield desk
 
 
-@pytest.fixture(scope="module", params=PAGES)
+TOGETHER = [pytest.param(p, marks=pytest.mark.xdist_group(p)) for p in PAGES]
+
+
+@pytest.fixture(scope="module", params=TOGETHER)  # one worker opens a page once
 def visit(request, desk, address):
     visit = Visit(desk, address, request.param)
     yield visit
