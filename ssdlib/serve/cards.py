@@ -26,6 +26,7 @@ from ssdlib.config import Mamba2Config
 from ssdlib.generate import LONGEST, bucket
 from ssdlib.model import ArrayLike, prefill
 from ssdlib.params import Params, checked_params
+from ssdlib.recurrence import accumulator
 
 __all__ = ["load_cache", "rewind", "save_cache"]
 
@@ -110,12 +111,11 @@ def load_cache(
             f"{path.name}: a cache of {what}; it must be saved with these params"
         )
     conv, length = tensors["conv"], tensors["length"]
-    h = tuple(tensors[f"h.{i}"] for i in range(config.n_layers))
-    dtype = available(conv.dtype if dtype is None else dtype)
-    like = init_cache(config, len(length), dtype)
-    return jax.tree.map(
-        lambda v, zero: jnp.asarray(v, zero.dtype), Cache(conv, h, length), like
-    )
+    conv_dtype = available(conv.dtype if dtype is None else dtype)
+    h_dtype = available(tensors["h.0"].dtype if dtype is None else dtype)
+    h_dtype = accumulator(jnp.empty(0, h_dtype))
+    h = tuple(jnp.asarray(tensors[f"h.{i}"], h_dtype) for i in range(config.n_layers))
+    return Cache(jnp.asarray(conv, conv_dtype), h, jnp.asarray(length))
 
 
 def fingerprint(params: Params, config: Mamba2Config) -> str:
