@@ -134,7 +134,7 @@ def _start(params, config, prompt, lengths, cache, limits, most=None, meanwhile=
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     options = check_options(config.vocab_size, *limits)
-    (b, T), goes_on = prompt.shape, cache is not None
+    (b, T), goes_on = prompt.shape, cache is not None and options.eos_id is not None
     if cache is None:
         cache = init_cache(config, b, params["embedding"].dtype)
     else:
@@ -168,7 +168,7 @@ class Start(NamedTuple):
     prompt:  (b, size)
     real:    (b,) how many tokens of it are real, None if all.
     masked:  whether a row without any may be among them: it is idle.
-    goes_on: whether the cache is that of an earlier generation.
+    goes_on: whether a row may have ended in an earlier generation.
     """
 
     prompt: Array
@@ -222,7 +222,7 @@ def run_blocks(
             if left:  # queue the next block, then wait for this one
                 last = tokens[:, block - 1 : block]
                 real = (made.lengths == block).astype(jnp.int32) if masked else None
-                next_ = Start(last, real, made.cache, start.masked, True)
+                next_ = Start(last, real, made.cache, start.masked, eos_id is not None)
                 made = go(next_, min(block, left))
             tokens = np.asarray(tokens)[:, :now]
             yield tokens

@@ -147,5 +147,5 @@ def unless_ended(prompt, real, eos_id):
 
 
 def is_end(token, eos_id):
-    """(b,): whether a row's token is one of those that end it."""
-    return (token[:, None] == eos_id[None]).any(-1)
+    """Whether a token is one of those that end its row, for any number of tokens."""
+    return jnp.isin(token, eos_id, method="compare_all")

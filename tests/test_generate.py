@@ -1,5 +1,6 @@
 """Generation: one compiled program, equal to the loop a reader would write."""
 
+import dataclasses
 import re
 import sys
 
@@ -509,6 +510,16 @@ def test_prompt_lengths_share_a_bounded_number_of_programs(compilations):
             for n in (2, 5, 16):
                 generate(params, config, np.zeros((1, T), np.int32), n)
     assert not log
+
+
+def test_a_second_turn_and_all_blocks_of_a_stream_share_one_program(compilations):
+    config = dataclasses.replace(CONFIG, norm_eps=3e-5)  # no other test compiled it
+    with compilations() as log:
+        first = generate(PARAMS, config, PROMPT, 16)
+        generate(PARAMS, config, PROMPT, 16, cache=first.cache)
+        list(stream(PARAMS, config, PROMPT, 40, block=16))
+    made = [name for event, name in log if "backend_compile" in event]
+    assert sum("_generation" in str(name) for name in made) == 2  # a prompt, a block
 
 
 def test_prompts_beyond_the_longest_share_their_programs(monkeypatch, compilations):

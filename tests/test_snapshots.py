@@ -76,7 +76,6 @@ def test_llama_cpp_25913_a_restored_prefix_is_not_read_again(tmp_path, monkeypat
     save_cache(tmp_path / "a", cache, config)
     question = PROMPT[:, :3][:, ::-1]
     whole = np.concatenate([PROMPT, question], axis=1)
-    want = generate(PARAMS, config, whole, 8)
     asked = []
 
     def spy(*args, **kwargs):
@@ -88,9 +87,10 @@ def test_llama_cpp_25913_a_restored_prefix_is_not_read_again(tmp_path, monkeypat
     got = generate(
         PARAMS, config, question, 8, cache=load_cache(tmp_path / "a", config)
     )
+    assert {T for _, T in asked} == {16, 1}  # the question's bucket, and single steps
+    want = generate(PARAMS, config, whole, 8)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.cache.length, want.cache.length)
-    assert {T for _, T in asked} == {16, 1}  # the question's bucket, and single steps
 
 
 @pytest.mark.parametrize("shared", [1, 7, 8, 9, 11])

@@ -141,7 +141,8 @@ def _start(params, config, prompt, n, cache, limits):
         cache = jax.tree.map(jnp.copy, cache)
     else:
         cache = init_cache(config, b, T + n, params["embedding"].dtype)
-    return Start(prompt, None, cache, False, goes_on), options
+    may_have_ended = goes_on and options.eos_id is not None
+    return Start(prompt, None, cache, False, may_have_ended), options
 
 
 @partial(jax.jit, static_argnames="config")

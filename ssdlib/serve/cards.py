@@ -50,13 +50,16 @@ def save_cache(
     check_is("config", config, Mamba2Config)
     check_is("cache", cache, Cache)
     check_cache(config, cache, *(np.shape(cache.length)[:1] or [1]))
-    if _split(cache.conv):
+    sharding, shape = getattr(cache.conv, "sharding", None), np.shape(cache.conv)
+    if sharding is not None and sharding.shard_shape(shape)[3] < shape[3]:
         raise ValueError(
             "cache: channels of conv are split over devices; they must be whole, from "
             "scale.parallel.gather_cache if scale.parallel made it, else jax.device_get"
         )
-    tensors = {name: np.asarray(v) for name, v in _named(cache).items()}
-    whose = {"config": json.dumps(_model(config)), "format": FORMAT}
+    arrays = {"conv": cache.conv, "length": cache.length}
+    arrays |= {f"h.{i}": v for i, v in enumerate(cache.h)}
+    tensors = {name: np.asarray(v) for name, v in arrays.items()}
+    whose = _sizes(config) | {"format": FORMAT}
     whose["weights"] = "" if params is None else fingerprint(params, config)
     whose["sha256"] = _digest(whose, tensors)
     path = Path(path)
@@ -96,7 +99,12 @@ def load_cache(
         raise ValueError(f"{path.name}: its format is {what}; it must be {FORMAT}")
     if whose.pop("sha256", None) != _digest(whose, tensors):
         raise ValueError(f"{path.name}: damaged: its checksum is another")
-    _check_model(path, config, json.loads(whose["config"]))
+    for name, ours in _sizes(config).items():
+        if whose.get(name) != ours:
+            raise ValueError(
+                f"{path.name}: a cache of another model, whose {name} is "
+                f"{whose.get(name)}; it must be {ours}"
+            )
     if params is not None and whose["weights"] != fingerprint(params, config):
         what = "other weights" if whose["weights"] else "weights that it does not name"
         raise ValueError(
@@ -153,31 +161,9 @@ def rewind(
     return prefill(params, config, tokens[:, read:position], best, piece=piece)[1]
 
 
-def _named(cache) -> dict:
-    """Name in the file -> array."""
-    h = {f"h.{i}": v for i, v in enumerate(cache.h)}
-    return {"conv": cache.conv, "length": cache.length} | h
-
-
-def _split(conv) -> bool:
-    """Whether an array's last axis is split over devices."""
-    sharding = getattr(conv, "sharding", None)
-    return sharding is not None and sharding.shard_shape(conv.shape)[3] < conv.shape[3]
-
-
-def _model(config) -> dict:
-    """The sizes of a model, without that of chunks, on which no cache depends."""
-    return {k: v for k, v in asdict(config).items() if k != "chunk_size"}
-
-
-def _check_model(path, config, theirs) -> None:
-    ours = json.loads(json.dumps(_model(config)))  # tuples become lists, as theirs did
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{path.name}: a cache of another model, whose {name} is "
-                f"{theirs.get(name)}; it must be {ours.get(name)}"
-            )
+def _sizes(config) -> dict[str, str]:
+    """What a model is, without the length of chunks, on which no cache depends."""
+    return {k: str(v) for k, v in asdict(config).items() if k != "chunk_size"}
 
 
 def _digest(whose, tensors) -> str:

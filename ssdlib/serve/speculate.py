@@ -28,7 +28,7 @@ from ssdlib.config import Mamba2Config
 from ssdlib.generate import LONGEST, bucket, first_tokens
 from ssdlib.model import ArrayLike, prefill, read, read_all
 from ssdlib.params import Params, checked_params
-from ssdlib.sample import check_options, probabilities, unless_ended
+from ssdlib.sample import check_options, is_end, probabilities, unless_ended
 
 __all__ = ["Lookup", "ModelDraft", "Speculation", "speculate"]
 
@@ -151,13 +151,12 @@ def speculate(
     options = check_options(config.vocab_size, temperature, top_k, top_p, eos_id, key)
     draft = Lookup() if draft is None else draft
     check_is("draft", draft, Lookup, ModelDraft)
-    if draft_cache is not None:
-        check_is("draft_cache", draft_cache, Cache)
-    other = draft.config.vocab_size if isinstance(draft, ModelDraft) else None
-    if other not in (None, config.vocab_size):
+    check_is("draft_cache", draft_cache, Cache, type(None))
+    theirs = getattr(draft, "config", config)
+    if theirs.vocab_size != config.vocab_size:
         raise ValueError(
-            f"draft: a vocabulary of {other}; it must be {config.vocab_size}, as "
-            "config's"
+            f"draft: a vocabulary of {theirs.vocab_size}; it must be "
+            f"{config.vocab_size}, as config's"
         )
     (b, T), prompt = prompt.shape, np.asarray(prompt)
     end = np.full(b, T, np.int32) if end is None else np.asarray(end)
@@ -176,70 +175,62 @@ def speculate(
 def _speculation(
     params, config, draft, cache, drafted, text, end, n, size, k, options
 ) -> Speculation:
-    """Passes until every row has ended or made n tokens; text and end say where it is.
+    """Passes until every row has ended or made n tokens, and all but its last is read.
 
-    The text is that of prompt and tokens, and proposals lie to the right of its end.
+    The text is that of prompt and tokens, up to `end`. The caches have read it up to
+    `at`, and proposals lie to the right of its end.
     """
     start, b, fill = end, len(text), 0 if options.eos_id is None else options.eos_id[0]
     row, ahead = jnp.arange(b, dtype=jnp.int32), jnp.arange(k + 1, dtype=jnp.int32)
-    if options.key is not None:
-        keys = jax.vmap(partial(jax.random.fold_in, options.key))(row)
-
-    def key_of(position, use):
-        """A key for each row, place in its text, and use there."""
-        now = jax.vmap(jax.random.fold_in)(keys, position)
-        return jax.vmap(partial(jax.random.fold_in, data=use))(now)
-
-    def pick(p, position, use):
-        if options.key is None:
-            return jnp.argmax(p, axis=-1).astype(jnp.int32)
-        logits, now = jnp.log(p), key_of(position, use)
-        return jax.vmap(jax.random.categorical)(now, logits).astype(jnp.int32)
 
     def one_pass(carry):
-        text, end, new, alive, passes, cache, drafted = carry
-        reads = jnp.where(alive, new, 0)
-        position = cache.length + reads  # of the first proposal
+        text, at, end, alive, passes, cache, drafted = carry
+        new = jnp.maximum(end - at - jnp.where(alive, 0, 1), 0)  # what is read now
+        if options.key is not None:  # one a pass: the sum grows, over calls as well
+            now = jax.random.fold_in(options.key, (cache.length + new).sum())
+
+        def pick(p, use):
+            if options.key is None:
+                return jnp.argmax(p, axis=-1).astype(jnp.int32)
+            key = jax.random.fold_in(now, use)
+            return jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
 
         def draw(logits, i):
             q = probabilities(logits, options)
-            return q, pick(q, position + i, 1)
+            return q, pick(q, i)
 
-        proposed, q, drafted = draft.propose(drafted, text, end, reads, k, draw)
+        proposed, q, drafted = draft.propose(drafted, text, at + new, new, k, draw)
         text = text.at[row[:, None], end[:, None] + ahead[None, :k]].set(proposed)
-        window = _window(text, end - reads, 2 * k + 1)
-        logits, cache = read_all(params, config, window, cache, reads, k)
+        window = _window(text, at, 2 * k + 1)
+        logits, cache = read_all(params, config, window, cache, new, k)
         p = probabilities(logits, options)
         if q is None:
             q = jax.nn.one_hot(proposed, p.shape[-1], dtype=p.dtype)
 
         chance = jnp.zeros((b, k), p.dtype)
         if options.key is not None:
-            at = position[None] + ahead[:k, None]
-            uses = jax.vmap(key_of, (0, None))(at, 2)
-            chance = jax.vmap(jax.vmap(jax.random.uniform))(uses).T
+            chance = jax.random.uniform(jax.random.fold_in(now, k), (b, k), p.dtype)
         kept, rest = _kept(p, q, proposed, chance)
-        text = text.at[row, end + kept].set(pick(rest, position + kept, 0))
+        text = text.at[row, end + kept].set(pick(rest, k + 1))
 
         count, ended = jnp.minimum(kept + 1, n - (end - start)), False
         if options.eos_id is not None:
-            ends = _window(text, end, k + 1)[..., None] == options.eos_id[None, None]
-            ends = ends.any(axis=-1)
+            ends = is_end(_window(text, end, k + 1), options.eos_id)
             ends &= ahead[None] < count[:, None]
             ended = ends.any(axis=1)
             count = jnp.where(ended, ends.argmax(axis=1).astype(jnp.int32) + 1, count)
-        new, end = jnp.where(alive, count, new), end + jnp.where(alive, count, 0)
+        at, end = at + new, end + jnp.where(alive, count, 0)
         passes = passes + alive.astype(jnp.int32)
         alive = alive & (end - start < n) & jnp.logical_not(ended)
-        return text, end, new, alive, passes, cache, drafted
+        return text, at, end, alive, passes, cache, drafted
 
-    alive, none = start > 0, jnp.zeros(b, jnp.int32)
-    carry = text, end, alive.astype(jnp.int32), alive, none, cache, drafted
-    carry = jax.lax.while_loop(lambda carry: carry[3].any(), one_pass, carry)
-    text, end, new, _, passes, cache, drafted = carry
-    window, last = _window(text, end - new, k + 1), jnp.maximum(new - 1, 0)
-    _, cache = read(params, config, window, cache, last)
-    _, drafted = draft.read(drafted, window, last)
+    def unfinished(carry):
+        _, at, end, alive, *_ = carry
+        return (alive | (end - at > 1)).any()
+
+    carry = text, jnp.maximum(start - 1, 0), end, start > 0, jnp.zeros(b, jnp.int32)
+    carry = jax.lax.while_loop(unfinished, one_pass, (*carry, cache, drafted))
+    text, _, end, _, passes, cache, drafted = carry
     made = jnp.arange(size, dtype=jnp.int32)[None] < (end - start)[:, None]
     tokens = jnp.where(made, _window(text, start, size), fill)
     return Speculation(tokens, end - start, cache, passes, drafted)
