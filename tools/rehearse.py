@@ -7,7 +7,7 @@ Sets SSDLIB_FULL, so that the chapters take the path of a GPU or TPU, with sizes
 inexactly as a TPU (tpu_arithmetic.py), and `notebook.tolerance` knows. Chapter 15
 makes eight devices of a CPU, on a TPU too: it has no --tpu. Takes minutes a chapter.
 With --fits every program that was made for that device is also compiled for a TPU v5e
-(fits.py), which takes minutes more.
+(fits.py), which takes minutes more; chapter 10 has a record of its own for that.
 """
 
 import argparse
@@ -53,13 +53,14 @@ def main() -> None:
 def rehearse(path: Path, tpu: bool, folder: Path, fits: bool = False) -> None:
     """Run one chapter in this folder, and say how long it took."""
     env = os.environ | {"SSDLIB_FULL": "1", "JAX_PLATFORMS": "cpu"}
-    if tpu and not path.stem.startswith("15_"):
+    tpu = tpu and not path.stem.startswith("15_")
+    if tpu:
         startup = folder / "profile_default/startup"
         startup.mkdir(parents=True, exist_ok=True)
         (startup / "tpu.py").write_text(STARTUP.format(str(ROOT / "tools")))
         env |= {"IPYTHONDIR": str(folder), "SSDLIB_ARITHMETIC": "tpu"}
     start, nb = time.time(), nbformat.read(path, as_version=4)
-    if fits:
+    if fits and tpu and not path.stem.startswith("10_"):
         around = LISTEN.format(str(ROOT / "tools")), REPORT.format(path.stem)
         first, last = map(nbformat.v4.new_code_cell, around)
         nb.cells = [first, *nb.cells, last]
