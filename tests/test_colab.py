@@ -311,7 +311,7 @@ def test_what_the_chapters_run_on_a_v5e_fits_its_memory():
     rows = [row for row in rows if row["target"] == "tpu-v5e"]
     have = {(row["chapter"], row["what"]) for row in rows}
     assert {("10", f"2.7b, {k}") for k in ("step", "prefill", "uncached")} <= have
-    assert {k[:2] for k in fits.programs()} <= have
+    assert {key for key in fits.programs() if key[0] != "10"} <= have
     for row in rows:
         assert sum(row["memory"].values()) < CHIPS["tpu-v5e"].memory, row
 

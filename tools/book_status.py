@@ -75,27 +75,33 @@ class ChapterTimes(Table):
 class OnV5e(Table):
     """Memory and minutes of each chapter on a TPU v5e, from records (tools/fits.py)."""
 
-    align = "|---|---|---:|---:|---:|---:|---:|"
+    align = "|---|---|---:|---:|---:|---:|---:|---:|"
 
     def rows(self):
         yield (
             *("Page", "Largest program", f"GB of {CHIPS['tpu-v5e'].memory / 1e9:.0f}"),
-            *("Host, s", "Compiler, s", "Runs, s ○", "Minutes ○"),
+            *("Host, s", "Programs", "Compiler, s", "Runs, s ○", "Minutes ○"),
         )
         for path in sorted(BOOK.glob("[0-9i]*.ipynb")):
             link, page = f"[](/book/{path.stem})", fits.of_page(path.stem)
             if not page:
-                yield link, "runs on the host", "", "", "", "", ""
+                yield link, "runs on the host", "", "", "", "", "", ""
                 continue
-            low, high = page["runs"]
-            ends = [(page["host"] + page["compile"] + v) / 60 for v in (low, high)]
-            minutes = "{:.1f} to {:.1f}".format(*ends)
+            memory = f"`{page['largest']}`", f"{page['memory'] / 1e9:.2g}"
+            work, host = page["compile"], page["host"]
+            ends = [(host + work + s) / 60 for s in page["runs"]]
+            cells = f"{work:.0f}", "{:.2g} to {:.2g}".format(*page["runs"])
             if limit := re.search(r"MINUTES\b.* = (\d+)", path.read_text()):
-                minutes = f"at most {limit[1]} more"  # it takes sizes by this limit
+                ends = host / 60, host / 60 + int(limit[1])
+                cells = "by its table", "by its table"  # which sizes it has time for
+            minutes = "{:.1f} to {:.1f}".format(*ends)
             yield (
-                *(link, f"`{page['largest']}`", f"{page['memory'] / 1e9:.2g}"),
-                *(f"{page[k]:.0f}" for k in ("host", "compile")),
-                *(f"{low:.2g} to {high:.2g}", minutes),
+                link,
+                *memory,
+                f"{host:.0f}",
+                f"{page['programs'] or ''}",
+                *cells,
+                minutes,
             )
 
 

@@ -101,7 +101,8 @@ def seconds(row: dict) -> np.ndarray:
 def of_page(name: str, target: str = "tpu-v5e") -> dict:
     """What a page takes on the chip, from the records, or {} if it runs nothing there.
 
-    `largest` and `memory` of a program; `compile`, processor seconds; `runs`, the
+    `largest` and `memory` of a program; `programs`, how many were compiled, None where
+    only the recorded ones were; `compile`, processor seconds; `runs`, the
     least and the most seconds of the programs that are recorded one by one; `host`,
     processor seconds of the whole page with Colab's versions and no chip.
     """
@@ -119,6 +120,7 @@ def of_page(name: str, target: str = "tpu-v5e") -> dict:
     return {
         "largest": largest,
         "memory": taken[largest],
+        "programs": next((r["programs"] for r in rows if r["what"] == ALL), None),
         "compile": sum(row["compile_seconds"] for row in rows),
         "runs": sum((seconds(row) for row in rows if "times" in row), np.zeros(2)),
         "host": host["processor"],
