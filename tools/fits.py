@@ -59,6 +59,10 @@ def of_a_model(size: str, T: int) -> dict:
     }
 
 
+def _gradient(*inputs):
+    return jax.grad(lambda *v: (ssdlib.ssd_chunked(*v)[0] ** 2).sum())(*inputs)
+
+
 def programs() -> dict:
     """{(chapter, what): (fn, args, times)}: times is how often the chapter runs it."""
     made = {}
@@ -78,6 +82,14 @@ def programs() -> dict:
     in_chunks = partial(ssdlib.ssd_chunked, chunk_size=64)
     made["11", "ssd_chunked, 100,000 tokens"] = in_chunks, args, 8
     made["11", "ssd_recurrent, 100,000 tokens"] = ssdlib.ssd_recurrent, args, 2
+    _, tiny = ssdlib.load("tiny")
+    weights, _ = bench.shapes(tiny, 1, "float32")
+    for chapter, b, T in (("04", 1, 256), ("05", 1, 2048), ("07", 82, 256)):
+        tokens = jax.ShapeDtypeStruct((b, T), jnp.int32)
+        what = f"forward, {b} x {T:,} bytes"
+        made[chapter, what] = ssdlib.forward, (weights, tiny, tokens), 4
+    x, *rest = of_a_layer(8192, H=8, N=64)
+    made["16", "gradient, 8,192 tokens"] = _gradient, (x, *rest), 4
     for size in PRESETS:
         for what, program in of_a_model(size, bench.LENGTHS[-1]).items():
             made["10", what] = program
@@ -99,7 +111,7 @@ def seconds(row: dict) -> np.ndarray:
 
 
 def of_page(name: str, target: str = "tpu-v5e") -> dict:
-    """What a page takes on the chip, from the records, or {} if it runs nothing there.
+    """What a page takes on the chip, from records; only `host` if nothing runs there.
 
     `largest` and `memory` of a program; `programs`, how many were compiled, None where
     only the recorded ones were; `compile`, processor seconds; `runs`, the
@@ -109,14 +121,14 @@ def of_page(name: str, target: str = "tpu-v5e") -> dict:
     key = name.partition("_")[0], target
     rows = json.loads(PATH.read_text())["rows"]
     rows = [row for row in rows if (row["chapter"], row["target"]) == key]
+    colab = json.loads((hlo.RECORDS / "colab.json").read_text())["rows"]
+    (host,) = (r for r in colab if (r["chapter"], r["image"]) == (name, "tpu"))
     if not rows:
-        return {}
+        return {"host": host["processor"]}
     taken = {
         row.get("largest", row["what"]): sum(row["memory"].values()) for row in rows
     }
     largest = max(taken, key=taken.get)
-    colab = json.loads((hlo.RECORDS / "colab.json").read_text())["rows"]
-    (host,) = (r for r in colab if (r["chapter"], r["image"]) == (name, "tpu"))
     return {
         "largest": largest,
         "memory": taken[largest],
