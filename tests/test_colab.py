@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import fits
 import imitate_colab
 import ipywidgets as widgets
 import jax
@@ -282,13 +283,87 @@ def test_a_peak_is_that_of_the_dtype():
         assert chip.at("float32").peaks.keys() == chip.peaks.keys()
 
 
+PAGES = sorted(path.stem for path in (ROOT / "book").glob("[0-9i]*.ipynb"))
+ON_HOST = {"15_scale_out"}  # it makes eight devices of a CPU everywhere
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="it patches the pinned jax")
+def test_chapter_15_keeps_the_devices_of_a_cpu_in_every_rehearsal(tmp_path):
+    cells = """
+import os, jax
+assert jax.devices() == jax.devices("cpu")
+assert "SSDLIB_ARITHMETIC" not in os.environ and os.environ["SSDLIB_FULL"] == "1"
+"""
+    path = tmp_path / "15_some.ipynb"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cells)])
+    nbformat.write(nb, path)
+    rehearse.rehearse(path, True, tmp_path)
+
+
+def test_every_page_ran_with_the_versions_of_colabs_tpu_image():
+    rows = json.loads(imitate_colab.PATH.read_text())["rows"]
+    ran = {(row["chapter"], row["image"]): row["versions"] for row in rows}
+    assert {page for page, image in ran if image == "tpu"} == set(PAGES)
+    for (_, image), versions in ran.items():
+        assert versions == {k: v for k, v in pins(image).items() if k in versions}
+        assert {"jax", "jaxlib", "numpy", "ipywidgets"} <= set(versions)
+
+
+def test_a_record_takes_the_place_of_that_of_the_same_page_and_image(tmp_path):
+    path = tmp_path / "colab.json"
+    one = {"chapter": "01_x", "image": "cpu", "processor": 1.5}
+    other = one | {"image": "tpu"}
+    imitate_colab.record([other, one], path)
+    imitate_colab.record([one | {"processor": 3.0}], path)
+    rows = json.loads(path.read_text())["rows"]
+    assert rows == [one | {"processor": 3.0}, other]
+
+
 def test_what_the_chapters_run_on_a_v5e_fits_its_memory():
-    rows = json.loads((ROOT / "book/results/fits.json").read_text())["rows"]
+    rows = json.loads(fits.PATH.read_text())["rows"]
     rows = [row for row in rows if row["target"] == "tpu-v5e"]
     have = {(row["chapter"], row["what"]) for row in rows}
     assert {("10", f"2.7b, {k}") for k in ("step", "prefill", "uncached")} <= have
+    assert {key for key in fits.programs() if key[0] != "10"} <= have
     for row in rows:
         assert sum(row["memory"].values()) < CHIPS["tpu-v5e"].memory, row
+
+
+def test_the_status_page_says_what_every_page_takes_on_a_v5e():
+    for page in PAGES:
+        taken = fits.of_page(page)
+        assert ("largest" in taken) == (page not in ON_HOST), page
+        if "largest" in taken:
+            assert 0 < taken["memory"] < CHIPS["tpu-v5e"].memory
+            low, high = taken["runs"]
+            assert 0 <= low <= high and min(taken["host"], taken["compile"]) > 0
+    assert "{on-v5e}" in (ROOT / "book/status.md").read_text()
+
+
+def test_a_time_on_a_v5e_has_an_interval_that_no_roofline_and_no_cycle_leaves():
+    row = {"target": "tpu-v5e", "times": 10, "flops": 1.0, "bytes": 819e6}
+    low, high = fits.seconds(row | {"cycles": 1e6})
+    assert low >= 10e-3 * (1 - 1e-6) and low < high  # 1 ms of bytes, ten times
+    slow, slower = fits.seconds(row | {"cycles": 1e12})  # a scan of short steps
+    assert slower > 10 * 1e12 / fits.CLOCK > slow > low
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu")
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="it patches the pinned jax")
+def test_all_that_a_device_was_given_is_compiled_for_a_v5e(monkeypatch, tmp_path):
+    monkeypatch.setattr(fits, "PATH", tmp_path / "fits.json")
+    monkeypatch.setattr(fits, "heard", [])
+    lower = fits.pxla.lower_sharding_computation
+    monkeypatch.setattr(fits.pxla, "lower_sharding_computation", lower)  # put back
+    x = jnp.ones((4, 4))
+    fits.listen(jax.devices()[0])
+    jax.jit(lambda x: x @ x + 17)(x)
+    with notebook.enable_x64(True):
+        jax.jit(lambda: jnp.zeros((3, 1000), jnp.float64))()
+    fits.compile_heard("99_page")
+    (row,) = json.loads(fits.PATH.read_text())["rows"]
+    assert (row["chapter"], row["programs"]) == ("99", 2)
+    assert sum(row["memory"].values()) >= 3 * 1000 * 8 and "libtpu" in row["versions"]
 
 
 def test_two_compilers_are_compared_on_the_same_programs():

@@ -5,6 +5,9 @@ value: lower it when you improve on it, and raise none without a reason. (The co
 one in-projection instead of three are higher: a kernel that reads a slice of its result
 is counted with the whole, and all of its 8 rows on a TPU are. One FLOP counts the
 token.)
+
+All hold with jax 0.10.2 (libtpu 0.0.42.1) and with jax 0.12.0.1 (libtpu 0.0.50.1), and
+those of a CPU with jax 0.7.2, whose compilers for absent chips `targets` refuses.
 """
 
 from functools import cache
@@ -27,8 +30,15 @@ BOTH = [target(name) for name in BOUNDS]
 @cache
 def step(n_layers, name):
     args = decode_args(n_layers)
-    with jax.default_matmul_precision("default"):
-        return hlo.compile_for(ssdlib.decode_step, *args, target=name, donate_argnums=3)
+    try:
+        with jax.default_matmul_precision("default"):
+            return hlo.compile_for(
+                ssdlib.decode_step, *args, target=name, donate_argnums=3
+            )
+    except hlo.CompilerMissing as reason:
+        if jax.__version_info__ >= (0, 10):
+            raise
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -1,21 +1,27 @@
-"""Sphinx extension: the two tables of the status page, made anew at every build.
+"""Sphinx extension: the tables of the status page, made anew at every build.
 
 ```{built-with}
 ```
 ```{chapter-times}
 ```
+```{on-v5e}
+```
 """
 
+import re
 from importlib import metadata
 
+import fits
 import jax
 from docutils import nodes
 from docutils.statemachine import StringList
 from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.util.docutils import SphinxDirective
 
+from ssdlib.compiler.chips import CHIPS
 from ssdlib.measure import record
 
+BOOK = fits.PATH.parents[1]
 PACKAGES = ("numpy", "jaxtyping", "safetensors", "matplotlib", "ipywidgets", "Sphinx")
 
 
@@ -26,7 +32,7 @@ class Table(SphinxDirective):
         self.env.note_reread()
         node = nodes.container()
         lines = [f"| {' | '.join(row)} |" for row in self.rows()]
-        lines.insert(1, "|---|---:|" if self.right else "|---|---|")
+        lines.insert(1, self.align)
         self.state.nested_parse(StringList(lines, source=""), self.content_offset, node)
         return node.children
 
@@ -34,7 +40,7 @@ class Table(SphinxDirective):
 class BuiltWith(Table):
     """Device, host and versions of the machine that built the book."""
 
-    right = False
+    align = "|---|---|"
 
     def rows(self):
         facts = record.provenance(jax.devices()[0])
@@ -53,7 +59,7 @@ class BuiltWith(Table):
 class ChapterTimes(Table):
     """How long the code of each page took when it last ran, and the sum."""
 
-    right = True
+    align = "|---|---:|"
 
     def rows(self):
         yield "Page", "Seconds"
@@ -66,8 +72,54 @@ class ChapterTimes(Table):
         yield "All", f"{total:.0f}"
 
 
+class OnV5e(Table):
+    """Memory and minutes of each chapter on a TPU v5e, from records (tools/fits.py)."""
+
+    align = "|---|---|---:|---:|---:|---:|---:|---:|"
+
+    def rows(self):
+        yield (
+            *("Page", "Largest program", f"GB of {CHIPS['tpu-v5e'].memory / 1e9:.0f}"),
+            *("Host, s", "Programs", "Compiler, s", "Runs, s ○", "Minutes ○"),
+        )
+        for path in sorted(BOOK.glob("[0-9i]*.ipynb")):
+            link, page = f"[](/book/{path.stem})", fits.of_page(path.stem)
+            host = page["host"]
+            if "largest" not in page:
+                minutes = f"{host / 60:.1f}"
+                yield (
+                    link,
+                    "none: all on the host",
+                    "",
+                    f"{host:.0f}",
+                    "",
+                    "",
+                    "",
+                    minutes,
+                )
+                continue
+            memory = f"`{page['largest']}`", f"{page['memory'] / 1e9:.2g}"
+            work = page["compile"]
+            ends = [(host + work + s) / 60 for s in page["runs"]]
+            runs = "{:.2g} to {:.2g}".format(*page["runs"])
+            cells = f"{work:.0f}", runs if any(page["runs"]) else ""
+            if limit := re.search(r"MINUTES\b.* = (\d+)", path.read_text()):
+                ends = host / 60, host / 60 + int(limit[1])
+                cells = "by its table", "by its table"  # which sizes it has time for
+            minutes = "{:.1f} to {:.1f}".format(*ends)
+            yield (
+                link,
+                *memory,
+                f"{host:.0f}",
+                f"{page['programs'] or ''}",
+                *cells,
+                minutes,
+            )
+
+
 def setup(app):
     """Register with Sphinx."""
     app.add_directive("built-with", BuiltWith)
     app.add_directive("chapter-times", ChapterTimes)
+    app.add_directive("on-v5e", OnV5e)
     return {"version": "1", "parallel_read_safe": False}

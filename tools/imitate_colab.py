@@ -7,15 +7,18 @@ Makes an environment of the versions in tools/colab/IMAGE.txt, copies the chapte
 empty folder and runs them there, JAX_PLATFORMS unset. Their first cell installs the
 library from a commit of this checkout. Fails if a chapter does, or if one of `KEPT`
 is not what it was before: then a reader would have lost the accelerator. Without a
-chapter it only installs. Needs a network, and minutes. `--renew` fetches Colab's own
-lists and rewrites the versions in tools/colab.
+chapter it only installs. Needs a network, and minutes. `--record` writes what each
+chapter took to book/results/colab.json: processor seconds, which a busy machine changes
+little. `--renew` fetches Colab's own lists and rewrites the versions in tools/colab.
 """
 
 import argparse
+import datetime
 import glob
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +31,8 @@ import repository
 
 ROOT = Path(__file__).parent.parent
 LISTS = ROOT / "tools/colab"
+PATH = ROOT / "book/results/colab.json"
+KEY = "chapter", "image"
 IMAGES = {"cpu": "", "gpu": ".gpu", "tpu": ".tpu"}  # their ends in pip-freeze.txt
 KEPT = ["jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "numpy"]
 KEPT += ["ipywidgets", "ipython"]
@@ -63,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--image", choices=IMAGES, default="tpu")
     parser.add_argument("--at", type=Path, help="keep the environment in this folder")
+    parser.add_argument("--record", action="store_true", help="write what it took")
     parser.add_argument("--renew", action="store_true", help="rewrite tools/colab")
     parser.add_argument("chapters", nargs="*", type=Path)
     args = parser.parse_args()
@@ -70,11 +76,13 @@ def main() -> None:
         return renew(fetch)
     with tempfile.TemporaryDirectory() as folder:
         at, names = args.at or Path(folder) / "env", [p.stem for p in args.chapters]
-        imitate(args.image, names, Path(folder), at.absolute())
+        rows = imitate(args.image, names, Path(folder), at.absolute())
+    if args.record:
+        record(rows)
 
 
-def imitate(image: str, names: list[str], folder: Path, at: Path) -> None:
-    """Run these chapters in an environment `at`, made unless it is there."""
+def imitate(image: str, names: list[str], folder: Path, at: Path) -> list[dict]:
+    """Run these chapters in an environment `at`, made if need be; a row each."""
     python, content = environment(image, at), folder / "content"
     content.mkdir()
     address, copy = commit(folder / "copy")
@@ -90,11 +98,14 @@ def imitate(image: str, names: list[str], folder: Path, at: Path) -> None:
     if not names:
         what = f"ssdlib[chapters] @ git+{address}"
         subprocess.run([python, "-m", "pip", "install", "-q", what], **here)
+    took = {}
     for name in names:
         shutil.copy(copy / f"book/{name}.ipynb", content)
-        start = time.time()
+        start, worked = time.time(), processor_seconds()
         subprocess.run([python, "-W", "ignore", "-c", RUN, f"{name}.ipynb"], **here)
-        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+        took[name] = round(processor_seconds() - worked, 1)
+        all_ = time.time() - start
+        print(f"{name}: {all_:.0f} s, {took[name]:.0f} of a processor", flush=True)
     changes = changed(before, json.loads(ask(VERSIONS, *KEPT)))
     if changes:
         raise SystemExit(f"the install cell changed the {image} image: {changes}")
@@ -103,6 +114,26 @@ def imitate(image: str, names: list[str], folder: Path, at: Path) -> None:
     if "10_results" in names:
         ask(RECORDS)
     print(f"as before on the {image} image:", versions(before))
+    kept = {name: version for name, version in before.items() if version}
+    facts = {"date": datetime.date.today().isoformat(), "versions": kept}
+    return [
+        dict(zip(KEY, (name, image), strict=True)) | {"processor": seconds} | facts
+        for name, seconds in took.items()
+    ]
+
+
+def processor_seconds() -> float:
+    """What the programs that ended have worked, those that they started too."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def record(rows: list[dict], path: Path = PATH) -> None:
+    """Put these rows in the place of those of the same chapter and image."""
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = {tuple(row[k] for k in KEY): row for row in [*old, *rows]}
+    rows = [known[key] for key in sorted(known)]
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def changed(before: dict, after: dict) -> str:

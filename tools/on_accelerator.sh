@@ -54,9 +54,10 @@ kind=$("$python" -c "import jax; print(jax.devices()[0].platform)")
 
 sizes="130m 780m 2.7b" dtypes="float32 bfloat16" lengths=128,1024,4096
 tests="tests/test_forms.py tests/test_model.py tests/test_generate.py tests/test_parity.py"
-chapters="10_results 06_generation 08_hlo 12_performance" how=""
+chapters="10_results 06_generation 08_hlo 09_roofline" how=""
 if [[ $kind == cpu ]]; then
-  sizes=tiny dtypes=float32 lengths=16,64 chapters=06_generation how="-k=chunked or greedy"
+  sizes=tiny dtypes=float32 lengths=16,64 chapters=06_generation
+  how="-k=oracle_in_float32 and chunked or prefill_then or near_zero or recorded and one_group"
 fi
 bench="$python -m ssdlib bench --repeats 3 --out $out --lengths $lengths"
 for dtype in $dtypes; do
