@@ -308,6 +308,9 @@ def one_cache_of_programs(tmp_path_factory):
     QUIET["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+# Greedy, the text of this model repeats itself and never meets an end.
+ENDLESS = "generate", "x", "--temperature", "0", "--max-new-tokens", "2000000000"
+
 # A shell tells what it starts in the background to ignore interrupts, and so may these
 # tests have been told.
 HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -357,7 +360,7 @@ def test_an_interrupt_while_compiling_is_status_130_and_one_line(wait):
 
 @posix
 def test_an_interrupt_while_writing_is_status_130_and_one_line(model):
-    process = start("generate", "x", "--model", model, "--max-new-tokens", "2000000000")
+    process = start(*ENDLESS, "--model", model)
     assert process.stdout.read(40)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -369,8 +372,7 @@ def test_an_interrupt_while_writing_is_status_130_and_one_line(model):
 def test_a_reader_that_leaves_is_no_error(model, closed):
     """As in `| head -c 9`, and in `2>&1 | head -c 9`."""
     streams = {} if closed == "stdout" else {"stderr": subprocess.STDOUT}
-    argv = "generate", "x", "--model", model, "--max-new-tokens", "2000000000"
-    process = start(*argv, **streams)
+    process = start(*ENDLESS, "--model", model, **streams)
     process.stdout.read(9)
     process.stdout.close()
     assert process.wait(120) == 141
