@@ -86,23 +86,14 @@ class OnV5e(Table):
             link, page = f"[](/book/{path.stem})", fits.of_page(path.stem)
             host = page["host"]
             if "largest" not in page:
-                minutes = f"{host / 60:.1f}"
-                yield (
-                    link,
-                    "none: all on the host",
-                    "",
-                    f"{host:.0f}",
-                    "",
-                    "",
-                    "",
-                    minutes,
-                )
+                nothing = f"{host:.0f}", *[""] * 3, f"{host / 60:.1f}"
+                yield link, "none: all on the host", "", *nothing
                 continue
             memory = f"`{page['largest']}`", f"{page['memory'] / 1e9:.2g}"
-            work = page["compile"]
-            ends = [(host + work + s) / 60 for s in page["runs"]]
+            compiler = page["compile"]
+            ends = [(host + compiler + s) / 60 for s in page["runs"]]
             runs = "{:.2g} to {:.2g}".format(*page["runs"])
-            cells = f"{work:.0f}", runs if any(page["runs"]) else ""
+            cells = f"{compiler:.0f}", runs if any(page["runs"]) else ""
             if limit := re.search(r"MINUTES\b.* = (\d+)", path.read_text()):
                 ends = host / 60, host / 60 + int(limit[1])
                 cells = "by its table", "by its table"  # which sizes it has time for

@@ -22,7 +22,6 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax._src.interpreters import pxla
 
 import ssdlib
 from ssdlib.beyond import transformer
@@ -141,6 +140,8 @@ def of_page(name: str, target: str = "tpu-v5e") -> dict:
 
 def listen(chip: jax.Device) -> None:
     """From now on keep in `heard` what is lowered for this device."""
+    from jax._src.interpreters import pxla  # private: the status page needs none of it
+
     lower = pxla.lower_sharding_computation
 
     def lower_and_keep(jaxpr, kind, name, *args, **how):
