@@ -353,8 +353,10 @@ def test_a_time_on_a_v5e_has_an_interval_that_no_roofline_and_no_cycle_leaves():
 def test_all_that_a_device_was_given_is_compiled_for_a_v5e(monkeypatch, tmp_path):
     monkeypatch.setattr(fits, "PATH", tmp_path / "fits.json")
     monkeypatch.setattr(fits, "heard", [])
-    lower = fits.pxla.lower_sharding_computation
-    monkeypatch.setattr(fits.pxla, "lower_sharding_computation", lower)  # put back
+    from jax._src.interpreters import pxla
+
+    lower = pxla.lower_sharding_computation
+    monkeypatch.setattr(pxla, "lower_sharding_computation", lower)  # put back
     x = jnp.ones((4, 4))
     fits.listen(jax.devices()[0])
     jax.jit(lambda x: x @ x + 17)(x)

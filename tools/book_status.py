@@ -97,15 +97,9 @@ class OnV5e(Table):
             if limit := re.search(r"MINUTES\b.* = (\d+)", path.read_text()):
                 ends = host / 60, host / 60 + int(limit[1])
                 cells = "by its table", "by its table"  # which sizes it has time for
-            minutes = "{:.1f} to {:.1f}".format(*ends)
-            yield (
-                link,
-                *memory,
-                f"{host:.0f}",
-                f"{page['programs'] or ''}",
-                *cells,
-                minutes,
-            )
+            minutes = " to ".join(sorted({f"{v:.1f}" for v in ends}, key=float))
+            work = f"{host:.0f}", f"{page['programs'] or ''}", *cells
+            yield link, *memory, *work, minutes
 
 
 def setup(app):
