@@ -89,10 +89,10 @@ class OnV5e(Table):
                 nothing = f"{host:.0f}", *[""] * 3, f"{host / 60:.1f}"
                 yield link, "none: all on the host", "", *nothing
                 continue
-            memory = f"`{page['largest']}`", f"{page['memory'] / 1e9:.2g}"
+            memory = f"`{page['largest']}`", at_least(page["memory"] / 1e9)
             compiler = page["compile"]
             ends = [(host + compiler + s) / 60 for s in page["runs"]]
-            runs = "{:.2g} to {:.2g}".format(*page["runs"])
+            runs = " to ".join(map(at_least, page["runs"]))
             cells = f"{compiler:.0f}", runs if any(page["runs"]) else ""
             if limit := re.search(r"MINUTES\b.* = (\d+)", path.read_text()):
                 ends = host / 60, host / 60 + int(limit[1])
@@ -100,6 +100,11 @@ class OnV5e(Table):
             minutes = " to ".join(sorted({f"{v:.1f}" for v in ends}, key=float))
             work = f"{host:.0f}", f"{page['programs'] or ''}", *cells
             yield link, *memory, *work, minutes
+
+
+def at_least(value: float) -> str:
+    """Two digits, but none below a thousandth."""
+    return f"{value:.2g}" if value >= 1e-3 else "< 0.001"
 
 
 def setup(app):

@@ -49,7 +49,7 @@ def _prefill(claim, evidence):
         return _speed(claim, evidence, "prefill", "tflops", " TFLOPS", "", OPEN)
     low = min(work / time.high for work, time in spans)
     high = max(work / time.low for work, time in spans)
-    text = f"its code: {low:.3g} to {high:.3g} TFLOPS by calibrated estimates"
+    text = f"its code, all sizes: {low:.3g} to {high:.3g} TFLOPS by estimates"
     verdict = CONTRADICTED if said > high else SUPPORTED if low <= said else OPEN
     return _speed(claim, evidence, "prefill", "tflops", " TFLOPS", text, verdict)
 
@@ -272,8 +272,8 @@ def _transfer(claim, evidence):
     off = {k: max(m["error"], m["error_of_other_code"]) for k, m in named.items()}
     fail = [k for k, m in named.items() if not m["as_is"] or off[k] > ROUNDING]
     fit = [off[k] for k in named if k not in fail]
-    measured = f"{len(fit)} of {len(named)} recurrences with a diagonal decay, "
-    measured += f"error at most {max(fit, default=0):.0e}"
+    measured = f"{len(fit)} of {len(named)} recurrences, by renaming or a change of "
+    measured += f"variable, error at most {max(fit, default=0):.0e}"
     measured += f"; not as it is: {', '.join(fail)}" if fail else ""
     return Finding("", measured, CONTRADICTED if fail else SUPPORTED)
 
