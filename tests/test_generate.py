@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import enable_x64
+from jax import export
 
 from ssdlib import (
     Mamba2Config,
@@ -585,7 +586,7 @@ def test_generate_can_be_mapped_over_keys_and_parameters():
 
 def test_generate_can_be_exported():
     program = jax.jit(lambda params, p: generate(params, CONFIG, p, 12).tokens)
-    exported = jax.export.export(program, platforms=["cpu", "tpu", "cuda"])(
+    exported = export.export(program, platforms=["cpu", "tpu", "cuda"])(
         PARAMS, jnp.asarray(PROMPT, jnp.int32)
     )
     got = exported.call(PARAMS, jnp.asarray(PROMPT, jnp.int32))
