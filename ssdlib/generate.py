@@ -134,18 +134,19 @@ def _start(params, config, prompt, lengths, cache, limits, most=None, meanwhile=
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     options = check_options(config.vocab_size, *limits)
-    (b, T), goes_on = prompt.shape, cache is not None and options.eos_id is not None
+    b, T = prompt.shape
+    may_have_ended = cache is not None and options.eos_id is not None
     if cache is None:
         cache = init_cache(config, b, params["embedding"].dtype)
     else:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
     if T <= (most or LONGEST) or is_traced(prompt):
-        start = Start.of(prompt, bucket(T), lengths, cache, goes_on)
+        start = Start.of(prompt, bucket(T), lengths, cache, may_have_ended)
         return params, start, options
     masked, prompt = lengths is not None, np.asarray(prompt)
     real = np.asarray(lengths) if masked else np.full(b, T)
-    if goes_on:
+    if may_have_ended:
         real = unless_ended(prompt, real, options.eos_id)
     earlier, last = np.maximum(real - 1, 0), np.maximum(real - 1, 0)[:, None]
     prompt_left, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
@@ -168,24 +169,24 @@ class Start(NamedTuple):
     prompt:  (b, size)
     real:    (b,) how many tokens of it are real, None if all.
     masked:  whether a row without any may be among them: it is idle.
-    goes_on: whether a row may have ended in an earlier generation.
+    may_have_ended: whether a row may have ended in an earlier generation.
     """
 
     prompt: Array
     real: Array | None
     cache: Any
     masked: bool
-    goes_on: bool
+    may_have_ended: bool
 
     @classmethod
-    def of(cls, prompt, size, lengths, cache, goes_on):
+    def of(cls, prompt, size, lengths, cache, may_have_ended):
         """From a prompt, filled up to `size`, of which a row has `lengths` or all."""
         (b, T), masked = prompt.shape, lengths is not None
         if size > 1:
             pad = jnp.pad if is_traced(prompt) else np.pad
             prompt = pad(prompt, [(0, 0), (0, size - T)])
             lengths = np.full(b, T, np.int32) if lengths is None else lengths
-        return cls(prompt, lengths, cache, masked, goes_on)
+        return cls(prompt, lengths, cache, masked, may_have_ended)
 
 
 def run(read: Callable, params, config, start: Start, n, options) -> Generation:
@@ -234,13 +235,13 @@ def run_blocks(
 
 
 def _generation(
-    read, params, config, prompt, real, cache, masked, goes_on, n, size, options
+    read, params, config, prompt, real, cache, masked, may_have_ended, n, size, options
 ) -> Generation:
     """Read the prompt, then make n tokens in a buffer of `size`, all on the device."""
     b, eos_id = len(prompt), options.eos_id
     if eos_id is not None:
         real = jnp.full(b, prompt.shape[1], jnp.int32) if real is None else real
-        real = unless_ended(prompt, real, eos_id) if goes_on else real
+        real = unless_ended(prompt, real, eos_id) if may_have_ended else real
     fill, masked = 0 if eos_id is None else eos_id[0], masked or eos_id is not None
     alive = real > 0 if masked else jnp.ones(b, bool)
     if options.key is not None:
@@ -281,7 +282,7 @@ def _generation(
     return Generation(tokens, lengths, cache)
 
 
-STATIC = "read", "config", "masked", "goes_on", "size"
+STATIC = "read", "config", "masked", "may_have_ended", "size"
 _program = jax.jit(_generation, static_argnames=STATIC, donate_argnames="cache")
 _inner_program = jax.jit(_generation, static_argnames=STATIC)  # inside another program
 

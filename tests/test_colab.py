@@ -19,6 +19,7 @@ import nbformat
 import numpy as np
 import pytest
 import rehearse
+import rows
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -313,10 +314,9 @@ def test_a_record_takes_the_place_of_that_of_the_same_page_and_image(tmp_path):
     path = tmp_path / "colab.json"
     one = {"chapter": "01_x", "image": "cpu", "processor": 1.5}
     other = one | {"image": "tpu"}
-    imitate_colab.record([other, one], path)
-    imitate_colab.record([one | {"processor": 3.0}], path)
-    rows = json.loads(path.read_text())["rows"]
-    assert rows == [one | {"processor": 3.0}, other]
+    rows.put(path, imitate_colab.KEY, [other, one])
+    rows.put(path, imitate_colab.KEY, [one | {"processor": 3.0}])
+    assert json.loads(path.read_text())["rows"] == [one | {"processor": 3.0}, other]
 
 
 def test_what_the_chapters_run_on_a_v5e_fits_its_memory():

@@ -28,6 +28,7 @@ from ssdlib import (
     save_cache,
 )
 from ssdlib.__main__ import main
+from ssdlib.serve import cards
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(3))
@@ -205,6 +206,17 @@ def test_a_card_of_another_model_is_refused_by_name(card, tmp_path):
     with pytest.raises(ValueError, match=r"cache: \(conv, layers, h\) is"):
         save_cache(tmp_path / "no", cache, fewer)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_card_of_a_model_with_a_size_that_is_unknown_here_is_refused(
+    card, tmp_path, monkeypatch
+):
+    sizes = cards._sizes
+    monkeypatch.setattr(cards, "_sizes", lambda c: sizes(c) | {"window": "512"})
+    save_cache(tmp_path / "later", card[1], CONFIG)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"whose window is 512; it must be None"):
+        load_cache(tmp_path / "later", CONFIG)
 
 
 def test_what_is_no_card_is_named(tmp_path):

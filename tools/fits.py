@@ -22,6 +22,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import rows
 
 import ssdlib
 from ssdlib.beyond import transformer
@@ -118,22 +119,22 @@ def of_page(name: str, target: str = "tpu-v5e") -> dict:
     processor seconds of the whole page with Colab's versions and no chip.
     """
     key = name.partition("_")[0], target
-    rows = json.loads(PATH.read_text())["rows"]
-    rows = [row for row in rows if (row["chapter"], row["target"]) == key]
+    known = json.loads(PATH.read_text())["rows"]
+    known = [row for row in known if (row["chapter"], row["target"]) == key]
     colab = json.loads((hlo.RECORDS / "colab.json").read_text())["rows"]
     (host,) = (r for r in colab if (r["chapter"], r["image"]) == (name, "tpu"))
-    if not rows:
+    if not known:
         return {"host": host["processor"]}
     taken = {
-        row.get("largest", row["what"]): sum(row["memory"].values()) for row in rows
+        row.get("largest", row["what"]): sum(row["memory"].values()) for row in known
     }
     largest = max(taken, key=taken.get)
     return {
         "largest": largest,
         "memory": taken[largest],
-        "programs": next((r["programs"] for r in rows if r["what"] == ALL), None),
-        "compile": sum(row["compile_seconds"] for row in rows),
-        "runs": sum((seconds(row) for row in rows if "times" in row), np.zeros(2)),
+        "programs": next((r["programs"] for r in known if r["what"] == ALL), None),
+        "compile": sum(row["compile_seconds"] for row in known),
+        "runs": sum((seconds(row) for row in known if "times" in row), np.zeros(2)),
         "host": host["processor"],
     }
 
@@ -170,16 +171,8 @@ def compile_heard(page: str, target: str = "tpu-v5e") -> None:
     known = {"programs": len(programs), "largest": largest, "memory": memory}
     known |= {"compile_seconds": seconds, "date": datetime.date.today().isoformat()}
     known |= {"versions": targets.versions("libtpu")}
-    write((page.partition("_")[0], ALL, target), known)
-
-
-def write(key: tuple, known: dict) -> None:
-    """Put a row in the place of the one with this key."""
-    key = dict(zip(KEY, key, strict=True))
-    rows = json.loads(PATH.read_text())["rows"] if PATH.exists() else []
-    rows = [r for r in rows if any(r[k] != v for k, v in key.items())]
-    rows = sorted([*rows, key | known], key=lambda r: [r[k] for k in KEY])
-    PATH.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    values = page.partition("_")[0], ALL, target
+    rows.put(PATH, KEY, [dict(zip(KEY, values, strict=True)) | known])
 
 
 def main() -> None:
@@ -196,11 +189,12 @@ def main() -> None:
         # Chapters ask for full products; chapter 10 measures what a user gets.
         with jax.default_matmul_precision("default" if chapter == "10" else "highest"):
             p = hlo.compile_for(fn, *args, target=target)
-        row = {"times": times, "memory": p.memory, "cycles": p.cycles}
+        row = dict(zip(KEY, (chapter, what, target), strict=True))
+        row |= {"times": times, "memory": p.memory, "cycles": p.cycles}
         row |= {"flops": p.flops, "bytes": p.bytes, "kernels": p.launches}
         row |= {"compile_seconds": round(time.process_time() - start, 1)}
         row |= {"date": p.date, "versions": p.versions}
-        write((chapter, what, target), row)
+        rows.put(PATH, KEY, [row])
         print(chapter, what, p.memory, p.cycles, row["compile_seconds"], flush=True)
 
 

@@ -28,6 +28,7 @@ import urllib.request
 from pathlib import Path
 
 import repository
+import rows
 
 ROOT = Path(__file__).parent.parent
 LISTS = ROOT / "tools/colab"
@@ -76,9 +77,9 @@ def main() -> None:
         return renew(fetch)
     with tempfile.TemporaryDirectory() as folder:
         at, names = args.at or Path(folder) / "env", [p.stem for p in args.chapters]
-        rows = imitate(args.image, names, Path(folder), at.absolute())
+        took = imitate(args.image, names, Path(folder), at.absolute())
     if args.record:
-        record(rows)
+        rows.put(PATH, KEY, took)
 
 
 def imitate(image: str, names: list[str], folder: Path, at: Path) -> list[dict]:
@@ -126,14 +127,6 @@ def processor_seconds() -> float:
     """What the programs that ended have worked, those that they started too."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def record(rows: list[dict], path: Path = PATH) -> None:
-    """Put these rows in the place of those of the same chapter and image."""
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    known = {tuple(row[k] for k in KEY): row for row in [*old, *rows]}
-    rows = [known[key] for key in sorted(known)]
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def changed(before: dict, after: dict) -> str:

@@ -29,15 +29,15 @@ SWAPS = [
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)),
     (ast.And, ast.Or),
 ]
+OTHER = dict(SWAPS) | {b: a for a, b in SWAPS[::-1]}
+NAMES = {"minimum": "maximum", "min": "max", "argmax": "argmin", "exp": "exp2"}
+NAMES |= {"sum": "max", "cumsum": "cumprod", "fold_in": "the key as it was"}
 QUICKLY = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
-OTHER = dict(SWAPS) | {b: a for a, b in SWAPS[::-1]}
-NAMES = {"minimum": "maximum", "min": "max", "argmax": "argmin", "exp": "exp2"}
-NAMES |= {"sum": "max", "cumsum": "cumprod", "fold_in": "the key as it was"}
 
 
 def sites(tree: ast.AST):

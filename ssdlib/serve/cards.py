@@ -99,11 +99,12 @@ def load_cache(
         raise ValueError(f"{path.name}: its format is {what}; it must be {FORMAT}")
     if whose.pop("sha256", None) != _digest(whose, tensors):
         raise ValueError(f"{path.name}: damaged: its checksum is another")
-    for name, ours in _sizes(config).items():
-        if whose.get(name) != ours:
+    sizes = _sizes(config)
+    for name in sorted(sizes.keys() | whose.keys() - {"format", "weights"}):
+        if whose.get(name) != sizes.get(name):
             raise ValueError(
                 f"{path.name}: a cache of another model, whose {name} is "
-                f"{whose.get(name)}; it must be {ours}"
+                f"{whose.get(name)}; it must be {sizes.get(name)}"
             )
     if params is not None and whose["weights"] != fingerprint(params, config):
         what = "other weights" if whose["weights"] else "weights that it does not name"
