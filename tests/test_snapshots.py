@@ -215,7 +215,7 @@ def test_a_card_of_a_model_with_a_size_that_is_unknown_here_is_refused(
     monkeypatch.setattr(cards, "_sizes", lambda c: sizes(c) | {"window": "512"})
     save_cache(tmp_path / "later", card[1], CONFIG)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"whose window is 512; it must be None"):
+    with pytest.raises(ValueError, match=r"whose window is 512; it must be absent"):
         load_cache(tmp_path / "later", CONFIG)
 
 

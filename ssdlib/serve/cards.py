@@ -101,10 +101,11 @@ def load_cache(
         raise ValueError(f"{path.name}: damaged: its checksum is another")
     sizes = _sizes(config)
     for name in sorted(sizes.keys() | whose.keys() - {"format", "weights"}):
-        if whose.get(name) != sizes.get(name):
+        theirs, ours = (v.get(name, "absent") for v in (whose, sizes))
+        if theirs != ours:
             raise ValueError(
-                f"{path.name}: a cache of another model, whose {name} is "
-                f"{whose.get(name)}; it must be {sizes.get(name)}"
+                f"{path.name}: a cache of another model, whose {name} is {theirs}; it "
+                f"must be {ours}"
             )
     if params is not None and whose["weights"] != fingerprint(params, config):
         what = "other weights" if whose["weights"] else "weights that it does not name"
