@@ -83,7 +83,9 @@ class OnV5e(Table):
             *("Host, s", "Programs", "Compiler, s", "Runs, s ○", "Minutes ○"),
         )
         for path in sorted(BOOK.glob("[0-9i]*.ipynb")):
-            link, page = f"[](/book/{path.stem})", fits.of_page(path.stem)
+            number, page = path.stem.partition("_")[0], fits.of_page(path.stem)
+            name = f"Chapter {int(number)}" if number.isdigit() else "Introduction"
+            link = f"[{name}](/book/{path.stem})"
             host = page["host"]
             if "largest" not in page:
                 nothing = f"{host:.0f}", *[""] * 3, f"{host / 60:.1f}"

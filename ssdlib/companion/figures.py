@@ -108,10 +108,12 @@ def _narrow(figure) -> None:
         boxes = [label.get_window_extent() for label in labels]
         if any(a.x1 > b.x0 for a, b in pairwise(boxes)):
             plt.setp(labels, rotation=90, ha="center")
-    for text in (text for ax in axes for text in ax.texts):
+    words = [e for ax in axes for e in ax.get_children() if isinstance(e, Text)]
+    for text in words:  # titles too
         for letters in 28, 20:  # until it does not leave the figure
             box = text.get_window_extent()
-            if box.x0 < 0 or box.x1 > figure.bbox.x1:
+            spare = 0.05 * box.width  # a browser's letters are a little wider
+            if box.x0 < spare or box.x1 > figure.bbox.x1 - spare:
                 text.set_text(_wrapped(text.get_text(), letters))
 
 
