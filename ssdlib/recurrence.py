@@ -29,23 +29,25 @@ def ssd_step(
     """One token: h ← exp(dt A) h + dt x Bᵀ, then y = h C + D x. Returns (y_t, h).
 
     Use it to decode: the cost, 5 b H P N FLOPs and one read and write of h, does
-    not depend on how many tokens came before. Each group's B and C are repeated to
-    its H/G heads: H N numbers, little beside the H P N of the state, which then needs
-    no reshape, so that XLA on a CPU writes it in place, in one fusion. A is one number
-    per head, as in Mamba-2, or one per token and head.
+    not depend on how many tokens came before. Each group's B is repeated to its
+    H/G heads: H N numbers, little beside the H P N of the state, which XLA on a CPU
+    then writes in place, in one fusion. C is not: the heads of a group are read out
+    together, as one (H/G P x N) matrix by one vector. A is one number per head, as in
+    Mamba-2, or one per token and head.
 
     The arithmetic and the state are float32 (float64 if the inputs are); y has the
     dtype of x. Raises ValueError if a shape does not fit.
     Source: arXiv 2405.21060, equation 1, with the scalar A of section 6.
     """
     check_ssd(h, x_t, dt_t, A, B_t, C_t, D, step=True)
-    R = x_t.shape[1] // B_t.shape[1]  # heads of a group
+    (b, H, P, N), G = h.shape, B_t.shape[1]
     x, dt, A, B, C, h = to_accumulator(x_t, dt_t, A, B_t, C_t, h)
-    B, C = (jnp.repeat(v, R, axis=1) for v in (B, C))
+    B = jnp.repeat(B, H // G, axis=1)
     a = jnp.exp(log_decay(dt, A))
 
     h = a[..., None, None] * h + jnp.einsum("bhp,bhn->bhpn", dt[..., None] * x, B)
-    y = jnp.einsum("bhpn,bhn->bhp", h, C)
+    rows = h.reshape(b, G, H // G * P, N)  # all that one group's C reads
+    y = jnp.einsum("bgqn,bgn->bgq", rows, C).reshape(b, H, P)
     if D is not None:
         y = y + D[None, :, None].astype(y.dtype) * x
     return y.astype(jnp.result_type(x_t)), h
