@@ -17,7 +17,14 @@ import nbformat
 from nbclient import NotebookClient
 
 BOOK = Path(__file__).parent.parent / "book"
-NAMES = ("08_hlo", "09_roofline", "10_results", "15_scale_out", "12_performance")
+NAMES = (
+    "03_chunking",
+    "08_hlo",
+    "09_roofline",
+    "10_results",
+    "15_scale_out",
+    "12_performance",
+)
 CHAPTERS = [BOOK / f"{name}.ipynb" for name in NAMES]
 
 
