@@ -6,6 +6,7 @@ with the decays a_t = exp(dt_t A). L is the 1-semiseparable mask.
 Source: Dao and Gu 2024 (arXiv 2405.21060), equations 6 to 8 and 16.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -109,7 +110,7 @@ def ssd_quadratic(
 class Decays(NamedTuple):
     """The decays of T tokens: all that the dual needs of A.
 
-    hi, lo: Σ_{j <= t} log a_j in two parts, (*batch, H, T); see `segsum`.
+    hi, lo: Σ_{j <= t} log a_j in two parts, (*batch, H, T); see `_exact_sums`.
     from_start: a_1 ... a_t, (*batch, T, H): what is left at t of the state before.
     to_end: a_{t+1} ... a_T, (*batch, T, H): what is left at T of a write at t.
     """
@@ -135,14 +136,18 @@ class Decays(NamedTuple):
 
 
 def read_inputs(x, dt, decays: Decays, B, C) -> tuple[Array, Array]:
-    """y = (L ∘ C Bᵀ)(dt x) and the state that x leaves, Bᵀ(to_end dt x)."""
+    """y = (L ∘ C Bᵀ)(dt x) and the state that x leaves, Bᵀ(to_end dt x).
+
+    Lᵀ = exp(S) exp(-lo_s) in two factors: the mask exp(S) is a table with s in its
+    rows, and exp(-lo_s) is a column, which goes to dt x.
+    """
     G = B.shape[-2]
-    dt_x = dt[..., None] * x
-    L = split_heads(mask(decays.hi, decays.lo), G, 1)
-    M = L * jnp.einsum("blgn,bsgn->bgls", C, B)[:, :, None]
-    y = jnp.einsum("bgrls,bsgrp->bgrlp", M, split_heads(dt_x, G, 2))
-    writes = split_heads(decays.to_end[..., None] * dt_x, G, 2)
-    h = jnp.einsum("bsgn,bsgrp->bgnrp", B, writes)
+    M = split_heads(mask(decays.hi, decays.lo), G, 1)
+    M = M * jnp.einsum("bsgn,blgn->bgsl", B, C)[:, :, None]
+    within = jnp.exp(-jnp.swapaxes(decays.lo, -1, -2))
+    within, to_end = ((w * dt)[..., None] * x for w in (within, decays.to_end))
+    y = jnp.einsum("bgrsl,bsgrp->bgrlp", M, split_heads(within, G, 2))
+    h = jnp.einsum("bsgn,bsgrp->bgnrp", B, split_heads(to_end, G, 2))
     return jnp.swapaxes(merge_heads(y, 1), 1, 2), h
 
 
@@ -165,24 +170,44 @@ def merge_state(h: Float[Array, "b G N R P"]) -> Float[Array, "b H P N"]:
     return merge_heads(jnp.moveaxis(h, 2, -1), 1)
 
 
-def mask(hi, lo):
-    """L = exp(S) from the two parts of the cumulative sums."""
-    return jnp.exp(_differences(hi, lo))
+def mask(hi: Float[Array, "*batch T"], lo: Float[Array, "*batch T"]) -> Array:
+    """exp(S), S_st = (hi_t - hi_s) + lo_t for s < t, lo_t for s = t, else -inf.
+
+    Without lo_s, whose turn comes in `read_inputs`: on a TPU the price of the table is
+    the number of vectors that vary from row to row, and hi_s alone is half of it.
+    """
+    S = (hi[..., None, :] - hi[..., :, None]) + lo[..., None, :]
+    t, s = _places(S)
+    return jnp.exp(jnp.where(s < t, S, jnp.where(s == t, lo[..., None, :], -jnp.inf)))
 
 
 def _differences(hi: Array, lo: Array) -> Array:
     """S_ts = (hi_t - hi_s) + (lo_t - lo_s) for s < t, 0 for s = t, else -inf."""
     S = (hi[..., :, None] - hi[..., None, :]) + (lo[..., :, None] - lo[..., None, :])
-    shape = (1,) * (S.ndim - 2) + S.shape[-2:]
-    t, s = (jax.lax.broadcasted_iota(jnp.int32, shape, S.ndim - i) for i in (2, 1))
+    s, t = _places(S)
     return jnp.where(s < t, S, jnp.where(s == t, 0.0, -jnp.inf))
 
 
+def _places(S: Array) -> tuple[Array, Array]:
+    """The column and the row of each entry of a table."""
+    shape = (1,) * (S.ndim - 2) + S.shape[-2:]
+    at = partial(jax.lax.broadcasted_iota, jnp.int32, shape)
+    return at(S.ndim - 1), at(S.ndim - 2)
+
+
 def _exact_sums(log_a: Array) -> tuple[Array, Array]:
-    """Cumulative sums along the last axis as hi + lo, those of hi exact."""
+    """Cumulative sums along the last axis as hi + lo, those of hi exact.
+
+    The coarse part is a multiple of one unit, and what is left at most half a unit,
+    however long the row: so exp(lo) is near 1. The slope of the sum is given to hi,
+    whose differences are exact, and lo is a constant.
+    """
     bits = jnp.finfo(log_a.dtype).nmant
     total = jax.lax.stop_gradient(jnp.sum(jnp.abs(log_a), axis=-1, keepdims=True))
     exponent = jnp.maximum(jnp.frexp(total)[1], -64)  # total < 2**exponent
     unit = jnp.ldexp(jnp.ones_like(total), exponent - bits)
     hi = jax.lax.stop_gradient(jnp.round(log_a / unit) * unit)
-    return jnp.cumsum(hi, axis=-1), jnp.cumsum(log_a - hi, axis=-1)
+    lo = jnp.cumsum(log_a - hi, axis=-1)
+    still = jax.lax.stop_gradient(lo)
+    carry = jnp.round(still / unit) * unit
+    return jnp.cumsum(hi, axis=-1) + carry + (lo - still), still - carry

@@ -3,7 +3,8 @@
 A chapter's number, from its file name, stands before its title. The cell that imports
 everything is folded away, and every fold says what it holds. "chapter 8" is a link, and
 so are an equation's number, an arXiv number, and a word of the glossary where a page
-first uses it. Hints to the code formatter are left out.
+first uses it, which says what it means when a mouse rests on it. Hints to the code
+formatter are left out.
 """
 
 import re
@@ -123,6 +124,18 @@ class Links(SphinxPostTransform):
             if not all(map(_plain, new)):
                 new = [nodes.Text(n) if _plain(n) else n for n in new]
                 text.parent.replace(text, new)
+        self.meanings()
+
+    def meanings(self) -> None:
+        """The title of each link to the glossary: what its word means, in one line."""
+        pages = [page for page in self.env.found_docs if page.endswith("/glossary")]
+        terms = (t for p in pages for t in self.env.get_doctree(p).findall(nodes.term))
+        terms = {name: term.parent for term in terms for name in term["ids"]}
+        for link in self.document.findall(nodes.reference):
+            page, _, name = link.get("refuri", "").partition("#")
+            if page.endswith("glossary.html") and name in terms:
+                meaning = terms[name].children[-1].astext()
+                link["reftitle"] = re.sub(r" Chapters? [^.]*\.$", "", meaning)
 
     def unused_words(self) -> dict:
         """Word -> (page, anchor) of the glossary, less those that the page links."""

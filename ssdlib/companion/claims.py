@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ssdlib._checks import check_is
+from ssdlib.companion.numerals import written
 from ssdlib.companion.verdicts import RULES, VERDICTS, Finding
 from ssdlib.compiler import hlo
 from ssdlib.compiler.chips import CHIPS, Chip
@@ -153,5 +154,5 @@ def table(
         place = f"{' and '.join(claim['versions'])}, {claim['place']}"
         row = [claim["title"], f"**{found.verdict}**", f"{said} ({place})", *known[:2]]
         row += [judge(claim, mine).measured] if mine else []
-        rows += [[*row, claim["whose"], claim["by"]]]
+        rows += [[*map(written, row), claim["whose"], claim["by"]]]
     return Verdicts(header, rows, "", wrap=True)

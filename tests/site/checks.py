@@ -175,6 +175,14 @@ def missing_heads(page, pages):
                 yield f"no {value}"
 
 
+def words_without_a_meaning(page, pages):
+    """Links to the glossary say what they lead to before one follows them."""
+    for name, attributes, article in page.tags:
+        to_word = "glossary.html#" in attributes.get("href", "")
+        if name == "a" and article and to_word and not attributes.get("title"):
+            yield attributes["href"]
+
+
 def nameless_folds(page, pages):
     yield from re.findall(r"(?:Show|Hide) code cell \w+", page.source)
 
@@ -197,6 +205,7 @@ CHECKS = [
     numbers_without_a_link,
     hints_to_tools,
     missing_heads,
+    words_without_a_meaning,
     nameless_folds,
     chapters_without_a_number,
 ]

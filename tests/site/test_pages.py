@@ -57,6 +57,7 @@ FAULTS = {  # for each check, pieces of a page that it must refuse
         '<section id="further-reading"><p>arXiv:2603.09555</p></section>',
     ],
     checks.hints_to_tools: ["<pre>x = 1  # fmt: skip</pre>"],
+    checks.words_without_a_meaning: ['<a href="glossary.html#term-mask">mask</a>'],
     checks.nameless_folds: ["<summary>Show code cell source</summary>"],
 }
 SOUND = """<h1 id="top">Title</h1><p>
