@@ -14,8 +14,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # What is said of compiled programs, of their time and of their last digits is tested on
 # the programs that users get. Elsewhere values matter, and LLVM need not optimize: that
-# halves the time of most tests. The weekly job leaves nothing out (OPTIMIZED=1).
-OPTIMIZED = "bench compare estimate guard hlo parity profile quadratic roofline".split()
+# halves the processor time of test_forms. The weekly job sets OPTIMIZED for all.
+OPTIMIZED = "bench cli compare estimate guard hlo parity profile quadratic roofline".split()
 OPTIMIZED = {f"test_{name}" for name in OPTIMIZED}
 
 
@@ -23,12 +23,10 @@ OPTIMIZED = {f"test_{name}" for name in OPTIMIZED}
 def compiler(request):
     """Compile a module's programs in full, or quickly; here and in what it starts."""
     full = request.module.__name__ in OPTIMIZED or os.environ.get("OPTIMIZED")
-    was = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", not full)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not full)))
         yield
-    jax.config.update("jax_disable_most_optimizations", was)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -131,10 +131,11 @@ def test_forward_with_lengths_keeps_real_logits_and_zeroes_the_rest():
 
 
 def test_no_logit_depends_on_a_later_token():
+    """But for the last bits, as in test_forms."""
     changed = TOKENS.copy()
     changed[:, 12:] = (changed[:, 12:] + 1) % CONFIG.vocab_size
     logits = forward(PARAMS, CONFIG, changed)
-    np.testing.assert_array_equal(logits[:, :12], LOGITS[:, :12])
+    assert oracle.error(logits[:, :12], LOGITS[:, :12]) <= 1e-6
     assert np.abs(logits[:, 12:] - LOGITS[:, 12:]).max() > 1e-3
 
 
