@@ -15,8 +15,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # What is said of compiled programs, of their time and of their last digits is tested on
 # the programs that users get. Elsewhere values matter, and LLVM need not optimize: that
 # halves the processor time of test_forms. The weekly job sets OPTIMIZED for all.
-OPTIMIZED = "bench cli compare estimate guard hlo parity profile quadratic roofline".split()
-OPTIMIZED = {f"test_{name}" for name in OPTIMIZED}
+OPTIMIZED = "bench cli compare estimate guard hlo parity profile quadratic roofline"
+OPTIMIZED = {f"test_{name}" for name in OPTIMIZED.split()}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,7 +4,7 @@
     supported          what it names is not all here; what was compiled or measured
                        here could have disagreed, and agrees
     contradicted       what is here disagrees
-    not settled here   nothing here can tell; the command can
+    not settled here   nothing here can tell; what could is named
 
 A claim about every recurrence is contradicted by one and supported by many, and never
 reproduced. Without records a rule has no number to show and settles nothing.
@@ -65,8 +65,8 @@ def _bandwidth(claim, evidence):
         steps = {s: roofline.decode(c, 1, itemsize) for s, c in steps.items()}
         return max(100 * steps[s].hbu(1 / r, chip) for s, r in evidence.rates.items())
 
-    text = f"its README's times: up to {best(4):.0f} % if the weights are float32, "
-    text += f"{best(2):.0f} % if bfloat16"
+    text = f"its README's times: up to {best(4):.0f} % with weights in float32, "
+    text += f"{best(2):.0f} % in bfloat16 (state and logits counted)"
     agrees = 0.9 * said <= best(4) <= min(1.1 * said, 100)
     verdict = SUPPORTED if agrees else CONTRADICTED
     return _speed(claim, evidence, "decode", "hbu", " %", text, verdict)
