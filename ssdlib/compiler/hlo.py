@@ -124,7 +124,7 @@ class Compiled:
         path = _path(name, self.target)
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         text = hlo_text.strip(self.hlo)
-        data["hlo"] = text if len(text) < 65_000 else hlo_text.only_collectives(text)
+        data["hlo"] = text if len(text) < 80_000 else hlo_text.only_collectives(text)
         data["columns"] = [f.name for f in fields(Op)]
         data["ops"] = [astuple(op) for op in self.ops]
         packed = gzip.compress(json.dumps(data).encode(), 9, mtime=0)
