@@ -199,8 +199,8 @@ def _exact_sums(log_a: Array) -> tuple[Array, Array]:
     """Cumulative sums along the last axis as hi + lo, those of hi exact.
 
     The coarse part is a multiple of one unit, and what is left at most half a unit,
-    however long the row: so exp(lo) is near 1. The slope of the sum is given to hi,
-    whose differences are exact, and lo is a constant.
+    2⁻²³ of the total: so exp(lo) is near 1 in a chunk, and finite in a long row. The
+    slope of the sum is given to hi, whose differences are exact; lo is a constant.
     """
     bits = jnp.finfo(log_a.dtype).nmant
     total = jax.lax.stop_gradient(jnp.sum(jnp.abs(log_a), axis=-1, keepdims=True))
