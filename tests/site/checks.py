@@ -176,7 +176,7 @@ def missing_heads(page, pages):
 
 
 def words_without_a_meaning(page, pages):
-    """Links to the glossary say where they lead; those of Sphinx's index are its own."""
+    """Links to the glossary say what they lead to; those of the index are not ours."""
     for name, attributes, article in page.tags:
         to_word = "glossary.html#" in attributes.get("href", "")
         to_word &= page.path.name != "genindex.html"
