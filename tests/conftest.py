@@ -27,15 +27,10 @@ def compiler(request):
     jax.config.update("jax_disable_most_optimizations", not full)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not full)))
-        jax.clear_caches()  # of what was compiled while modules were imported
+        # Programs of other modules: all together take gigabytes, and some were compiled
+        # while modules were imported.
+        jax.clear_caches()
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bounded_memory():
-    """Forget a module's compiled programs: all of them together take gigabytes."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture
