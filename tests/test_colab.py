@@ -301,10 +301,10 @@ assert "SSDLIB_ARITHMETIC" not in os.environ and os.environ["SSDLIB_FULL"] == "1
     rehearse.rehearse(path, True, tmp_path)
 
 
-def test_every_page_ran_with_the_versions_of_colabs_tpu_image():
+def test_every_page_ran_with_the_versions_of_colabs_cpu_and_tpu_images():
     rows = json.loads(imitate_colab.PATH.read_text())["rows"]
     ran = {(row["chapter"], row["image"]): row["versions"] for row in rows}
-    assert {page for page, image in ran if image == "tpu"} == set(PAGES)
+    assert set(ran) == {(page, image) for page in PAGES for image in ("cpu", "tpu")}
     for (_, image), versions in ran.items():
         assert versions == {k: v for k, v in pins(image).items() if k in versions}
         assert {"jax", "jaxlib", "numpy", "ipywidgets"} <= set(versions)
