@@ -54,6 +54,16 @@ def test_every_form_equals_the_oracle_in_float64(form, regime):
 
 
 @each_form
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_dtype_of_x_alone_decides_how_sums_are_kept(form, dtype):
+    other = jnp.float64 if dtype == jnp.float32 else jnp.float32
+    with enable_x64(True):
+        x, *rest = ssd_inputs(29, dtype=other)
+        y, h = form(x.astype(dtype), *rest)
+    assert y.dtype == h.dtype == dtype
+
+
+@each_form
 def test_without_skip_and_without_initial_state(form):
     x, dt, A, B, C, _, _ = ssd_inputs(29)
     for ours, theirs in zip(
