@@ -63,6 +63,15 @@ def test_segment_sums_survive_every_scale(scale):
     np.testing.assert_allclose(S, S_star, rtol=3e-7, atol=1e-37)
 
 
+def test_the_mask_holds_the_products_of_the_decays_in_between():
+    log_a = -jnp.exp(jax.random.normal(jax.random.key(0), (3, 11)) - 1)
+    L, a = np.asarray(decay_mask(log_a)), np.exp(np.asarray(log_a, np.float64))
+    for t in range(11):
+        for s in range(t + 1):
+            product = a[:, s + 1 : t + 1].prod(axis=1)
+            np.testing.assert_allclose(L[:, t, s], product, rtol=1e-6)
+
+
 def test_the_mask_is_lower_triangular_with_ones_on_the_diagonal():
     L = np.asarray(decay_mask(hard_decays(40)))
     assert (np.triu(L, 1) == 0).all()
