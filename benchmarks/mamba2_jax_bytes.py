@@ -39,7 +39,7 @@ def row(size: str, dtype: str) -> dict:
     program = hlo.read(TARGET, compiled, origin, seconds)
     return {
         "size": size,
-        "dtype": dtype.name,
+        "dtype": dtype,
         "weights": sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(state)),
         "bytes": program.bytes,
         "xla_compiled": compiled.cost_analysis()["bytes accessed"],

@@ -31,9 +31,8 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-# A device without memory, or a program that is too large for the compiler, as well.
-FAILURES = ValueError, OSError, ImportError, OverflowError, MemoryError
-FAILURES += (jax.errors.JaxRuntimeError,)
+# RuntimeError: no device, one without memory, a program too large for the compiler.
+FAILURES = ValueError, OSError, ImportError, OverflowError, MemoryError, RuntimeError
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:

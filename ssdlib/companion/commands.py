@@ -166,7 +166,10 @@ def evaluate(args) -> None:
     start = time.perf_counter()
     result = score(params, config, np.asarray(ids, np.int32))
     seconds = time.perf_counter() - start
-    scored = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    first = tokenizer.decode(ids[:1])
+    if not text.startswith(first):  # it ends inside of a character
+        first = first.replace("\ufffd", "?")  # of which it holds a byte or two
+    scored = len(text.encode()) - len(first.encode())
     print(f"tokens scored   {result.tokens}")
     print(f"nats per token  {result.loss:.6f}")
     print(f"perplexity      {result.perplexity:.4f}")
@@ -184,10 +187,8 @@ def inspect(args) -> None:
         return
     program = compile_preset(args, config)
     print(program.show(args.rows, args.by))
-    if args.what == "decode":
-        sizes = config, args.batch
-    else:
-        sizes = config, args.batch, args.tokens
+    config = roofline.with_chunks_of(args.target.split("-")[0], config)
+    sizes = (config, args.batch, args.tokens)[: 2 if args.what == "decode" else 3]
     itemsize = jnp.dtype(args.dtype).itemsize
     work = getattr(roofline, args.what)(*sizes, itemsize)
     cycles = (

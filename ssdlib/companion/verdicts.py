@@ -143,11 +143,12 @@ def _memory(claim, evidence):
 
 
 def _card(run: dict) -> int:
-    """Bytes of a cache: states in float32, conv states in the dtype, and a count."""
-    c, itemsize = (
-        Mamba2Config(**run["model"]["sizes"]),
-        jnp.dtype(run["dtype"]).itemsize,
-    )
+    """Bytes of a cache: states in float32, conv states in the dtype, and a count.
+
+    With int8 matrices, activations and so conv states are float32.
+    """
+    c, dtype = Mamba2Config(**run["model"]["sizes"]), run["dtype"]
+    itemsize = jnp.dtype("float32" if dtype == "int8" else dtype).itemsize
     conv, state = (c.d_conv - 1) * c.d_xBC, c.d_inner * c.d_state
     return run["batch"] * (c.n_layers * (itemsize * conv + 4 * state) + 4)
 

@@ -103,7 +103,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction):
     operands = [at.instructions[name] for name in root.operands]
     if root.opcode == "fusion":
         root = module.computations[root.called("calls")[0]].root
-    limits = [int(o.literal) for o in operands if o.opcode == "constant"]
+    limits = [o.literal for o in operands if o.opcode == "constant"]
     counters = [o for o in operands if o.opcode == "get-tuple-element"]
     if "direction=LT" not in root.attributes or len(limits) != 1 or len(counters) != 1:
         return None
@@ -118,7 +118,9 @@ def trip_count(module: Module, computation: Computation, loop: Instruction):
     after = body.instructions[body.root.operands[index]]
     if _in_steps(module, body, after, index) != (1, 1):
         return None
-    return max(0, limits[0] - int(start.literal))
+    if not all(re.fullmatch(r"-?\d+", v) for v in (limits[0], start.literal)):
+        return None
+    return max(0, int(limits[0]) - int(start.literal))
 
 
 def _in_steps(module, at, i, index, arguments=()):

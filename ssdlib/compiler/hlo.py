@@ -50,9 +50,9 @@ class Compiled:
     date: str
     compile_seconds: float
     memory: dict[str, int]  # bytes: argument, output, temp, alias
-    unknown_loops: int  # loops whose trip count is not in the text: counted once
+    unknown_loops: int  # kernels of loops whose trips the text does not tell: once
     ops: tuple[Op, ...]
-    hlo: str  # the text; a record keeps it without layouts and metadata
+    hlo: str  # the text; a record keeps it without metadata
 
     @property
     def flops(self) -> float:
