@@ -8,8 +8,6 @@ import socket
 import sys
 import threading
 
-import jax
-
 from ssdlib.companion import commands
 from ssdlib.measure import bench as benchmark
 

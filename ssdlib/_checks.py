@@ -45,12 +45,17 @@ def check_size(name: str, n) -> None:
 
 
 def check_fields(config) -> None:
-    """Raise ValueError unless a config's sizes are positive and its switches bools."""
+    """Raise ValueError unless a config's sizes are positive and its switches bools.
+
+    Integers of NumPy become those of Python.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if f.type is int and not (whole and value > 0):
-            raise ValueError(f"{f.name}: {value!r}; it must be a positive integer")
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if f.type is int:
+            if not (whole and value > 0):
+                raise ValueError(f"{f.name}: {value!r}; it must be a positive integer")
+            object.__setattr__(config, f.name, int(value))
         if f.type is bool and not isinstance(value, bool):
             raise ValueError(f"{f.name}: {value!r}; it must be a bool")
 
@@ -75,9 +80,10 @@ def floating(dtype, also: str = "") -> jnp.dtype:
         found = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+    if found is None or not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
         what = described(dtype) if found is None else found
-        raise ValueError(f"dtype: {what}; it must be floating point{also}")
+        kind = "floating point of 16 bits or more"
+        raise ValueError(f"dtype: {what}; it must be {kind}{also}")
     return found
 
 
@@ -124,6 +130,12 @@ def check_shapes(**arrays: tuple) -> dict[str, int]:
             want = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in letters)
             raise ValueError(f"{name}: shape {shape}; it must be ({want})")
     return sizes
+
+
+def check_length(name: str, sizes: dict[str, int]) -> None:
+    """Raise ValueError for a sequence without tokens."""
+    if sizes["T"] < 1:
+        raise ValueError(f"{name}: T = 0 tokens; a sequence must hold at least 1")
 
 
 def check_floats(name: str, x) -> None:

@@ -53,7 +53,7 @@ def init_cache(config: Mamba2Config, batch_size: int, dtype=jnp.float32) -> Cach
     check_size("batch_size", batch_size)
     dtype = floating(dtype)
     conv, h = _shapes(config, batch_size)
-    h_dtype = accumulator(jnp.empty(0, dtype))
+    h_dtype = accumulator(dtype)
     return Cache(
         conv=jnp.zeros(conv, dtype),
         h=tuple(jnp.zeros(h, h_dtype) for _ in range(config.n_layers)),
@@ -108,8 +108,11 @@ def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
 
 
 def check_layout(cache, conv, h, who: str) -> None:
-    """Raise ValueError unless the cache's arrays have these shapes."""
+    """Raise ValueError unless the cache's arrays have these shapes, and h its dtype."""
     check_is("cache", cache, Cache)
+    check_is("cache.h", cache.h, tuple)
+    if any(v.dtype not in (jnp.float32, jnp.float64) for v in cache.h):
+        raise ValueError(f"cache.h: {cache.h[0].dtype}; the states are float32")
     got = jnp.shape(cache.conv), [jnp.shape(v) for v in cache.h]
     if got != (conv, h) or jnp.shape(cache.length) != conv[:1]:
         at, need = ((conv, len(h), h[:1]) for conv, h in (got, (conv, h)))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ssdlib._checks import check_integers, check_shapes, check_size
 from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
+from ssdlib.generate import bucket
 from ssdlib.model import ArrayLike, pieces, read_all
 from ssdlib.params import Params, checked_params
 from ssdlib.recurrence import accumulator
@@ -42,7 +43,7 @@ class Evaluation(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        return math.inf if self.loss >= 709 else math.exp(self.loss)
 
 
 def evaluate(
@@ -67,6 +68,7 @@ def evaluate(
     check_size("piece", piece)
     cache = init_cache(config, 1, params["embedding"].dtype)
     n, nats = len(tokens) - 1, 0.0
+    piece = min(piece, bucket(n))
     parts = zip(
         pieces(tokens[None, :-1], None, piece),
         pieces(tokens[None, 1:], None, piece),
@@ -88,13 +90,15 @@ def next_token_loss(
 
     `targets` are the tokens that followed: tokens[:, 1:] where logits are those after
     tokens[:, :-1]. Arithmetic is float32 (float64 if logits are).
-    Raises ValueError if a shape or dtype does not fit.
+    Raises ValueError if a shape, dtype or target does not fit. Inside a compiled
+    program values are hidden: the loss of a target outside of 0..V-1 is NaN there.
     """
     check_shapes(logits=(logits, "b T V"))
     b, T, V = logits.shape
     targets = check_integers("targets", targets, (b, T), 0, V - 1)
     logits = logits.astype(accumulator(logits))
-    chosen = jnp.take_along_axis(logits, jnp.asarray(targets)[..., None], axis=-1)
+    targets = jnp.where(jnp.asarray(targets) < 0, V, targets)  # -1 is not the last one
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
 
 

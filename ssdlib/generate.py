@@ -80,11 +80,12 @@ def generate(
     Compiled once for each batch size, bucket of T, bucket of max_new_tokens and choice
     of limits. Buckets are 1, 16, 24, 32, 48, 64 ..., two an octave; a prompt of more
     than 2,048 tokens is read in pieces of so many. Can be traced, with values then
-    unchecked. Otherwise it waits for the tokens.
+    unchecked.
 
     Raises ValueError for shapes, dtypes or values out of range, naming the argument.
     Where weights or cache hold NaN, all logits are NaN, and the tokens are 0.
     """
+    check_size("max_new_tokens", max_new_tokens)
     limits = temperature, top_k, top_p, eos_id, key
     params, start, options = _start(params, config, prompt, lengths, cache, limits)
     return run(read, params, config, start, max_new_tokens, options)
@@ -116,20 +117,22 @@ def stream(
     check_size("block", block)
     limits, n = (temperature, top_k, top_p, eos_id, key), min(block, max_new_tokens)
 
-    def compile_a_block(params, start, options):
+    def block_program(params, start, options):
         args = read, params, config, *start, np.int32(n), bucket(block), options
-        _program.lower(*args).compile()
+        return _program.lower(*args)
 
     args = params, config, prompt, lengths, cache, limits
-    params, start, options = _start(*args, most=1, meanwhile=compile_a_block)
+    params, start, options = _start(*args, most=1, then=block_program)
     return run_blocks(read, params, config, start, max_new_tokens, options, block)
 
 
-def _start(params, config, prompt, lengths, cache, limits, most=None, meanwhile=None):
-    """Check; pad the prompt to its bucket, or read one of more than `most` tokens.
+def _start(params, config, prompt, lengths, cache, limits, most=None, then=None):
+    """Check the arguments: (the parameters, where the generation starts, its options).
 
-    Its last token is left. Returns the parameters, where the generation starts, and its
-    options. A thread calls `meanwhile` with them, cache and prompt still those before.
+    A prompt of at most `most` tokens is padded to its bucket. Of a longer one, all but
+    the last token of each row is read here, while a thread compiles the program that
+    `then` makes of the three. JAX's own settings belong to a thread, so it is lowered
+    in this one.
     """
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
@@ -141,7 +144,8 @@ def _start(params, config, prompt, lengths, cache, limits, most=None, meanwhile=
     else:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    if T <= (most or LONGEST) or is_traced(prompt):
+    hidden = any(map(is_traced, (prompt, lengths, options.eos_id)))
+    if hidden or T <= (most or LONGEST):
         start = Start.of(prompt, bucket(T), lengths, cache, may_have_ended)
         return params, start, options
     masked, prompt = lengths is not None, np.asarray(prompt)
@@ -152,7 +156,7 @@ def _start(params, config, prompt, lengths, cache, limits, most=None, meanwhile=
     prompt_left, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
     start = Start(prompt_left, real if masked else None, cache, masked, False)
     with ThreadPoolExecutor(1) as pool:
-        compiling = meanwhile and pool.submit(meanwhile, params, start, options)
+        compiling = then and pool.submit(then(params, start, options).compile)
         piece = min(LONGEST, bucket(T))
         _, cache = prefill(params, config, prompt, cache, earlier, piece=piece)
         if compiling:
@@ -191,7 +195,6 @@ class Start(NamedTuple):
 
 def run(read: Callable, params, config, start: Start, n, options) -> Generation:
     """`generate` for any model: read(params, config, tokens, cache, lengths)."""
-    check_size("max_new_tokens", n)
     traced = any(map(is_traced, jax.tree.leaves((params, start, options))))
     program = _inner_program if traced else _program
     made = program(read, params, config, *start, np.int32(n), bucket(n), options)
@@ -202,7 +205,9 @@ def first_tokens(tokens, n):
     """The first n tokens of each row; by the host, as a device compiles each n anew."""
     if is_traced(tokens) or not tokens.is_fully_addressable:
         return tokens[:, :n]
-    return jax.device_put(np.asarray(tokens)[:, :n]) if n < tokens.shape[1] else tokens
+    if n == tokens.shape[1]:
+        return tokens
+    return jax.device_put(np.asarray(tokens)[:, :n], tokens.sharding)
 
 
 def run_blocks(

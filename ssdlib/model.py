@@ -55,7 +55,8 @@ def forward(
 
     `lengths` marks right-padded rows: logits past a row's length are zero. Raises
     ValueError for shapes, dtypes, lengths or tokens out of range. Inside a compiled
-    program values are hidden: a token outside the vocabulary makes its row NaN.
+    program values are hidden: a token outside the vocabulary makes its row NaN, from
+    the beginning of its chunk on.
     """
     params = checked_params(params, config)
     tokens, lengths = check_tokens(tokens, config.vocab_size, lengths)
@@ -109,10 +110,16 @@ def decode_step(
 
 
 def pieces(tokens, lengths, size: int):
-    """(tokens (b, size), how many of them are real (b,)) for piece after piece."""
+    """(tokens (b, size), how many of them are real (b,)) for piece after piece.
+
+    Of concrete lengths, no piece holds padding alone, but the first.
+    """
     (b, T), xp = tokens.shape, jnp
     if not is_traced(tokens) and not is_traced(lengths):  # no program for each T
         xp, tokens = np, np.asarray(tokens)
+        if lengths is not None:
+            T = max(1, int(np.max(lengths)))
+            tokens = tokens[:, :T]
     lengths = xp.full(b, T, np.int32) if lengths is None else xp.asarray(lengths)
     tokens = xp.pad(tokens, [(0, 0), (0, -T % size)])
     for start in range(0, T, size):

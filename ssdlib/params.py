@@ -27,10 +27,10 @@ MATRICES = {"in", "out", "embedding", "head"}  # nearly all the weights
 def init_params(config: Mamba2Config, key: Array, dtype=jnp.float32) -> Params:
     """Random parameters as a plain pytree. Matrices are (outputs, inputs) in `dtype`.
 
-    Decays, skips and norm weights stay float32. Initialization as the reference code:
-    A in -[1, 16], dt in [0.001, 0.1] on a log scale, output projections scaled by
-    1 / sqrt(n_layers). "int8" is `quantize` of float32. Raises ValueError for a wrong
-    config, key or dtype.
+    Decays, skips and norm weights stay float32. Initialization as the reference code,
+    but for a convolution's bias, which is 0: A in -[1, 16], dt in [0.001, 0.1] on a log
+    scale, output projections scaled by 1 / sqrt(n_layers). "int8" is `quantize` of
+    float32. Raises ValueError for a wrong config, key or dtype.
     """
     check_is("config", config, Mamba2Config)
     check_key(key)

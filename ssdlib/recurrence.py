@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ssdlib._checks import check_shapes
+from ssdlib._checks import check_length, check_shapes
 
 __all__ = ["ssd_recurrent", "ssd_step"]
 
@@ -35,7 +35,7 @@ def ssd_step(
     together, as one (H/G P x N) matrix by one vector. A is one number per head, as in
     Mamba-2, or one per token and head.
 
-    The arithmetic and the state are float32 (float64 if the inputs are); y has the
+    The arithmetic and the state are float32 (float64 if x is); y has the
     dtype of x. Raises ValueError if a shape does not fit.
     Source: arXiv 2405.21060, equation 1, with the scalar A of section 6.
     """
@@ -85,8 +85,8 @@ def ssd_recurrent(
 # --- shared by the three forms -------------------------------------------------------
 
 
-def accumulator(x: Array) -> jnp.dtype:
-    """Decays, states and sums are kept in float32, or in float64 if x is float64."""
+def accumulator(x) -> jnp.dtype:
+    """Decays, states and sums are float32, or float64 if x, an array or dtype, is."""
     double = jnp.result_type(x) == jnp.float64
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
@@ -146,9 +146,9 @@ def check_ssd(h, x, dt, A, B, C, D, step=False) -> None:
     if step or h is not None:
         arrays["h" if step else "h0"] = (h, "b H P N")
     sizes = check_shapes(**arrays)
-    if sizes["H"] % sizes["G"]:
+    if not sizes["G"] or sizes["H"] % sizes["G"]:
         raise ValueError(
             f"B{_t}: G = {sizes['G']} groups must divide the H = {sizes['H']} heads"
         )
-    if not step and sizes["T"] < 1:
-        raise ValueError("x: T = 0 tokens; a sequence must hold at least 1")
+    if not step:
+        check_length("x", sizes)

@@ -112,7 +112,9 @@ def result(record: dict) -> str:
 
 def compared(folder: Path = COMPARED):
     """The row about other programs: the newest record that has more than one."""
-    for path in sorted(folder.glob("cpu-*.json"), reverse=True):
+    for path in sorted(
+        folder.glob("cpu-*.json"), key=lambda path: path.stem[-15:], reverse=True
+    ):
         record = json.loads(path.read_text())
         pairs = [p for p in record["pairs"] if p["a"] == "ours float32"]
         others = [p for p in pairs if p["b"].endswith(" float32")]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ssdlib._checks import check_shapes, check_size
+from ssdlib._checks import check_length, check_shapes, check_size
 from ssdlib.beyond.scalar_decay import simple_gla
 from ssdlib.chunked import _split_chunks
 from ssdlib.quadratic import ssd_quadratic
@@ -115,7 +115,7 @@ def _prepare(q, k, v, h0, **gate):
     """Check, cast to the accumulator dtype, and start from zeros if h0 is None."""
     letters = {"v": (v, "b T H P"), "k": (k, "b T H N"), "q": (q, "b T H N")}
     past = {} if h0 is None else {"h0": (h0, "b H P N")}
-    check_shapes(**letters, **gate, **past)
+    check_length("v", check_shapes(**letters, **gate, **past))
     ((gate, _),) = gate.values()
     dtype = v.dtype
     v, q, k, gate = to_accumulator(v, q, k, gate)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ssdlib._checks import check_is, check_shapes
+from ssdlib._checks import check_is, check_length, check_shapes
 from ssdlib.chunked import ssd_chunked
 from ssdlib.recurrence import accumulator, ssd_step, to_accumulator, zero_state
 
@@ -256,7 +256,8 @@ def _check(q, k, v, **more) -> None:
     """Raise ValueError unless queries, keys, values and gates fit together."""
     attention = {"v": (v, "b T H P"), "k": (k, "b T G N"), "q": (q, "b T G N")}
     sizes = check_shapes(**attention, **more)
-    if sizes["H"] % sizes["G"]:
+    check_length("v", sizes)
+    if not sizes["G"] or sizes["H"] % sizes["G"]:
         raise ValueError(
             f"k: G = {sizes['G']} groups must divide the H = {sizes['H']} heads of v"
         )
@@ -267,7 +268,7 @@ def _check_mamba3(x, dt, A, lam, B, C, angle) -> None:
     per_head = {"C": (C, "b T H N"), "B": (B, "b T H N"), "x": (x, "b T H P")}
     A_letters = "H" if np.ndim(A) == 1 else "b T H"
     gates = {"dt": (dt, "b T H"), "lam": (lam, "b T H"), "A": (A, A_letters)}
-    check_shapes(**per_head, **gates, angle=(angle, "b T H S"))
+    check_length("x", check_shapes(**per_head, **gates, angle=(angle, "b T H S")))
     S = angle.shape[-1]
     if 2 * S > B.shape[-1]:
         raise ValueError(f"angle: S = {S}; it must be at most N/2 = {B.shape[-1] / 2}")

@@ -164,6 +164,10 @@ def to_json(config: Mamba2Config) -> dict:
         "hidden_act": "silu",
         "norm_before_gate": False,
         "residual_in_fp32": True,
+        # Not known here: without these words transformers takes 0, 2 and 1.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
     }
 
 

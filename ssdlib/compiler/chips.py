@@ -47,8 +47,8 @@ class Chip:
     def at(self, dtype: str) -> "Chip":
         """The chip with the peak that products in this dtype can reach.
 
-        Those of float16 are as fast as bfloat16 where a chip has both. Those of int8 are
-        twice as fast and take two rows for one.
+        Those of float16 are as fast as bfloat16 where a chip has both. Those of int8
+        are twice as fast and take two rows for one.
         """
         fast = dtype in (self.fast, "float16", "int8")
         slower = not fast and self.float32 is not None

@@ -3,7 +3,8 @@
 Conventions are those of XLA's own cost analysis (openxla/xla,
 xla/service/hlo_cost_analysis.cc), which not every compiler reports, and which counts
 the body of a loop once: 2 FLOPs a multiply-add, 1 for other arithmetic, 0 for
-transcendentals and data movement.
+transcendentals and data movement. Conversions are data movement here; a sort and an
+FFT count nothing.
 """
 
 import math
@@ -42,6 +43,8 @@ FREE = set(  # names for values, not work
     "parameter constant tuple get-tuple-element bitcast after-all partition-id "
     "replica-id add-dependency opt-barrier".split()
 )
+MOVES = "copy-start", "slice-start", "collective-permute-start"  # one array, elsewhere
+GEMM = re.compile(r"__cublas\$(gemm|lt\$matmul)")
 _ALONE = re.compile(r"replica_groups=(\[\d+,1\]|\{\{\d+\})")  # groups of one device
 _MEMORY_NAMES = "AllocateBuffer", "ConcatBitcast"  # custom calls of libtpu without code
 
@@ -190,7 +193,7 @@ def flops(module: Module, i: Instruction, at: Computation) -> int:
         return 2 * out * math.prod(shapes[0].dims[d] for d in dims)
     if i.opcode == "convolution":
         return 2 * _convolution(i, shapes)
-    if i.opcode == "custom-call" and "__cublas$gemm" in i.attributes:
+    if i.opcode == "custom-call" and GEMM.search(i.attributes):
         config = i.config.get("gemm_backend_config", {})
         dims = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
         return 2 * i.shapes[0].size * math.prod(shapes[0].dims[int(d)] for d in dims)
@@ -239,7 +242,10 @@ def bytes_moved(module: Module, i: Instruction, at: Computation) -> tuple[float,
     Every operand is read once and the result written once. Only the slice counts where
     a slice of an operand is read, and only the update where a part is overwritten.
     """
-    if i.opcode.endswith("-start"):  # (to, from, ...), or (from, to, ...)
+    if i.opcode == "all-gather-start":  # its results hold its operands
+        all_ = sum(s.nbytes for s in i.shapes)
+        return sum(s.nbytes for s in i.shapes if not s.space), all_
+    if i.opcode in MOVES:  # (to, from, ...), or (from, to, ...)
         n = min(s.nbytes for s in i.shapes[:2])
         return n * sum(not s.space for s in i.shapes[:2]), 2 * n
     parts = [  # (shape, bytes that move), operands then results

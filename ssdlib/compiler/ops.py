@@ -74,7 +74,7 @@ def table(module: hlo_text.Module) -> tuple[tuple[Op, ...], int]:
 def _kind(i: hlo_text.Instruction, opcodes: list[str]) -> str:
     found = set(opcodes) if i.opcode == "fusion" else {i.opcode}
     if i.opcode == "custom-call":
-        return "product" if _GEMM.search(i.attributes) else "custom"
+        return "product" if hlo_cost.GEMM.search(i.attributes) else "custom"
     if i.opcode.endswith("-start"):
         return "transfer"
     if found & {"dot", "convolution"}:

@@ -42,12 +42,17 @@ class Estimate(NamedTuple):
     @property
     def ms(self) -> str:
         """A time: "3.1 ms (2 to 7.6)"."""
-        return "{1:.2g} ms ({0:.2g} to {2:.2g})".format(*(1e3 * v for v in self))
+        low, middle, high = (_short(1e3 * v) for v in self[:3])
+        return f"{middle} ms ({low} to {high})"
 
     @property
     def times(self) -> str:
         """A ratio: "1.5 times (0.4 to 3.8), rooflines 0.99"."""
         return "{1:.2g} times ({0:.2g} to {2:.2g}), rooflines {3:.2g}".format(*self)
+
+
+def _short(v: float) -> str:
+    return f"{v:.2g}" if v < 100 else f"{v:.0f}"
 
 
 class Fit(NamedTuple):

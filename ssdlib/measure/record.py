@@ -75,7 +75,8 @@ def free_memory(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return _kilobytes("/proc/meminfo", "MemAvailable")
+    here = device.platform == "cpu"
+    return _kilobytes("/proc/meminfo", "MemAvailable") if here else None
 
 
 def peak_memory(device: jax.Device) -> int | None:
@@ -83,7 +84,8 @@ def peak_memory(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    return _kilobytes("/proc/self/status", "VmHWM")
+    here = device.platform == "cpu"
+    return _kilobytes("/proc/self/status", "VmHWM") if here else None
 
 
 def model(config: Mamba2Config, name: str, trained: bool) -> dict:
@@ -165,6 +167,7 @@ def save(record: dict, folder: str | Path | None = None) -> Path:
     check_is("record", record, dict)
     stamp = re.sub(r"[-:]|T(?=\d)", lambda m: "-" * (m[0] == "T"), record["date"])
     names = record["device"]["name"], record["model"]["name"], record["dtype"]
+    names = (name.replace("/", "-") for name in names)
     path = writable(folder) / f"{'-'.join(names)}-{stamp.rstrip('Z')}.json"
     part = path.with_suffix(".part")  # an interrupt leaves no half of a record
     part.write_text(json.dumps(record, indent=1) + "\n")

@@ -77,8 +77,9 @@ def load_cache(
     """The cache that `save_cache` wrote, to go on from as if the text were just read.
 
     `dtype` is that of the convolution's inputs as in `init_cache`, None as they were
-    saved; their values are rounded to it, the states keep float32. With `params` the
-    weights must be those that the file names, in whatever dtype they were loaded.
+    saved; their values are rounded to it. The states are float32, or float64 with such
+    a dtype. With `params` the weights must be those that the file names, in float32 or
+    bfloat16; in float16 or int8 they pass for other ones, unless saved so.
 
     Raises FileNotFoundError if there is no such file, and ValueError that says what is
     wrong with it: not a cache, damaged, of another model, or of other weights.
@@ -110,12 +111,13 @@ def load_cache(
     if params is not None and whose["weights"] != fingerprint(params, config):
         what = "other weights" if whose["weights"] else "weights that it does not name"
         raise ValueError(
-            f"{path.name}: a cache of {what}; it must be saved with these params"
+            f"{path.name}: a cache of {what}; it must be saved with these params, and "
+            "in float16 or int8 with these of that dtype"
         )
     conv, length = tensors["conv"], tensors["length"]
     conv_dtype = available(conv.dtype if dtype is None else dtype)
     h_dtype = available(tensors["h.0"].dtype if dtype is None else dtype)
-    h_dtype = accumulator(jnp.empty(0, h_dtype))
+    h_dtype = accumulator(h_dtype)
     h = tuple(jnp.asarray(tensors[f"h.{i}"], h_dtype) for i in range(config.n_layers))
     return Cache(jnp.asarray(conv, conv_dtype), h, jnp.asarray(length))
 
