@@ -3,8 +3,8 @@
     pip install mamba2-jax==1.1.2 ".[tpu]"
     python benchmarks/mamba2_jax_hlo.py [130m 370m ...]
 
-Writes book/results/hlo/mamba2_jax_{step,prefill}_SIZE@TARGET.json.gz, which chapters 8
-and 08 show. Weights are shapes only and nothing is run: float32, batch 1, the default
+Writes book/results/hlo/mamba2_jax_{step,prefill}_SIZE@TARGET.json.gz, which chapters 4
+to 10 show. Weights are shapes only and nothing is run: float32, batch 1, the default
 precision of products. With its optional dependency missing it says so and ends.
 """
 

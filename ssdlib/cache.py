@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssdlib._checks import check_is, check_size, floating
+from ssdlib._checks import check_is, check_size, described, floating
 from ssdlib.config import Mamba2Config
 from ssdlib.recurrence import accumulator
 
@@ -110,9 +110,11 @@ def check_cache(config: Mamba2Config, cache: Cache, batch_size: int) -> None:
 def check_layout(cache, conv, h, who: str) -> None:
     """Raise ValueError unless the cache's arrays have these shapes, and h its dtype."""
     check_is("cache", cache, Cache)
-    check_is("cache.h", cache.h, tuple)
-    if any(v.dtype not in (jnp.float32, jnp.float64) for v in cache.h):
-        raise ValueError(f"cache.h: {cache.h[0].dtype}; the states are float32")
+    if not isinstance(cache.h, tuple):
+        raise ValueError(f"cache: h is {described(cache.h)}; it must be a tuple")
+    for v in cache.h:
+        if v.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(f"cache: h is {v.dtype}; it must be float32 or float64")
     got = jnp.shape(cache.conv), [jnp.shape(v) for v in cache.h]
     if got != (conv, h) or jnp.shape(cache.length) != conv[:1]:
         at, need = ((conv, len(h), h[:1]) for conv, h in (got, (conv, h)))

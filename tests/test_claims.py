@@ -397,6 +397,11 @@ def test_other_changes_contradict_as_well(name, change):
     assert verdict(name, **change) == CONTRADICTED
 
 
+def test_a_cache_beside_int8_matrices_is_that_of_float32():
+    record = run("cpu")
+    assert verdict("memory", runs=[record | {"dtype": "int8"}]) == REPRODUCED
+
+
 def test_the_estimate_of_prefill_speaks_only_where_it_can():
     """Were its cycles a thousand times as many, the released program would disagree."""
     assert verdict("prefill", runs=[]) == SUPPORTED

@@ -277,6 +277,7 @@ def test_a_peak_is_that_of_the_dtype():
     assert t4.at("float16").flops == 65e12  # the only fast one: a T4 has no bfloat16
     assert t4.at("float32").flops == t4.at("bfloat16").flops == 8.1e12
     assert h200.at("bfloat16").flops == 989e12 == 2 * h200.at("float32").flops  # TF32
+    assert h200.at("float16").flops == h200.at("bfloat16").flops
     assert v5e.at("float32") == v5e.at("bfloat16") == v5e
     assert (h200.bandwidth, h200.memory) == (4800e9, 141e9)
     for chip in CHIPS.values():

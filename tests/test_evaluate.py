@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from ssdlib import Mamba2Config, forward, init_params, load
 from ssdlib.__main__ import main
 from ssdlib.cache import init_cache
-from ssdlib.evaluate import _score, evaluate
+from ssdlib.evaluate import Evaluation, _score, evaluate, next_token_loss
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -100,3 +101,28 @@ def test_the_command_names_a_text_that_cannot_be_used(tmp_path, capsys, data, me
     err = capsys.readouterr().err
     assert re.search(message, err)
     assert err.count("\n") == 1
+
+
+def test_a_target_that_is_no_token_is_named_or_nan():
+    logits, targets = jnp.zeros((1, 2, 9)), jnp.array([[3, -100]])
+    with pytest.raises(ValueError, match="targets: -100"):
+        next_token_loss(logits, targets)
+    loss = jax.jit(next_token_loss)(logits, targets)
+    assert np.isfinite(loss[0, 0]) and np.isnan(loss[0, 1])
+
+
+def test_the_perplexity_of_what_is_no_number_is_none():
+    assert math.isnan(Evaluation(1, math.nan).perplexity)
+    assert Evaluation(1, 710.0).perplexity == math.inf
+
+
+@pytest.mark.parametrize("text", ["é", "€a"])
+def test_half_a_character_is_a_part_of_the_bytes_scored(tmp_path, capsys, text):
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    assert main(["evaluate", "--text", str(path), "--no-compile-cache"]) == 0
+    told = capsys.readouterr().out
+    n, nats = (float(re.search(f"{k} +(.*)", told)[1]) for k in ("scored", "token"))
+    bits = float(re.search("byte +(.*)", told)[1])
+    assert n == len(text.encode()) - 1
+    assert math.isclose(bits, nats / math.log(2), rel_tol=1e-5)

@@ -668,3 +668,30 @@ def test_a_raw_key_of_the_wrong_size_is_named():
     )
     new = generate(PARAMS, CONFIG, PROMPT, 4, temperature=1.0, key=KEY)
     np.testing.assert_array_equal(raw.tokens, new.tokens)
+
+
+def test_a_stream_keeps_the_settings_of_the_thread_that_asks_for_it():
+    """Two programs are compiled side by side; a setting of JAX belongs to a thread."""
+    with enable_x64(True):
+        params = init_params(CONFIG, jax.random.key(3), jnp.float64)
+        blocks = list(stream(params, CONFIG, PROMPT, 20, block=8))
+        whole = generate(params, CONFIG, PROMPT, 20).tokens
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
+
+
+def test_lengths_may_be_traced_where_a_long_prompt_is_not(monkeypatch):
+    monkeypatch.setattr(sys.modules["ssdlib.generate"], "LONGEST", 8)
+
+    def made(lengths):
+        return generate(PARAMS, CONFIG, PROMPT, 3, lengths=lengths).tokens
+
+    lengths = np.array([11, 5, 9])
+    np.testing.assert_array_equal(jax.jit(made)(lengths), made(lengths))
+
+
+def test_a_wrong_number_of_tokens_is_named_before_the_prompt_is_read(monkeypatch):
+    module = sys.modules["ssdlib.generate"]
+    monkeypatch.setattr(module, "LONGEST", 8)
+    monkeypatch.setattr(module, "prefill", lambda *a, **k: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="max_new_tokens: 0"):
+        generate(PARAMS, CONFIG, PROMPT, 0)

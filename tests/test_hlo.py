@@ -496,3 +496,33 @@ def test_a_kernel_that_is_not_there_is_named():
 
 def test_compiler_missing_is_an_import_error():
     assert issubclass(CompilerMissing, ImportError)
+
+
+def test_a_loop_up_to_a_number_that_is_not_whole_has_an_unknown_end():
+    def double(x):
+        return jax.lax.while_loop(lambda x: x < 1000.5, lambda x: 2 * x + 1, x)
+
+    assert hlo.compile_for(double, struct()).unknown_loops > 0
+
+
+def test_bytes_of_collectives_that_only_start():
+    text = """HloModule m
+
+ENTRY %m (a: f32[1024], b: f32[64]) -> f32[4096] {
+  %a = f32[1024]{0} parameter(0)
+  %b = f32[64]{0} parameter(1)
+  %g = (f32[1024]{0}, f32[4096]{0}) all-gather-start(%a), dimensions={0}
+  %r = (f32[64]{0}, f32[1024]{0}) all-reduce-start(%b, %a), to_apply=%add
+  %c = (f32[1024]{0}, f32[1024]{0}, u32[]) copy-start(%a)
+  ROOT %d = f32[4096]{0} all-gather-done(%g)
+}
+"""
+    module = hlo_text.parse(text)
+    at = module.entry
+    moved = {k: hlo_cost.bytes_moved(module, at.instructions[k], at)[0] for k in "grc"}
+    assert moved == {"g": 4096 + 16384, "r": 2 * (256 + 4096), "c": 8192}
+
+
+@pytest.mark.parametrize("name", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_a_product_of_a_library_is_a_product(name):
+    assert hlo_cost.GEMM.search(f'custom_call_target="{name}"')

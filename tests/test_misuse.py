@@ -150,9 +150,10 @@ def test_a_misuse_has_one_line_status_2_and_no_traceback(capsys, argv, message):
     assert err.count("\n") == 1
 
 
-def test_a_device_that_fails_has_one_line(capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, RuntimeError])
+def test_a_device_that_fails_or_is_absent_has_one_line(capsys, monkeypatch, kind):
     def fail(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\n  at line 5")
+        raise kind("RESOURCE_EXHAUSTED: no memory\n  at line 5")
 
     monkeypatch.setattr("ssdlib.companion.commands.load", fail)
     status, _, err = run(capsys, "generate", "x")

@@ -24,6 +24,7 @@ from ssdlib import (
     prefill,
     save,
 )
+from ssdlib.model import pieces
 from ssdlib.model import read as unchecked
 
 CONFIG = Mamba2Config.tiny()
@@ -288,8 +289,17 @@ def test_a_bad_step_is_named():
         decode_step(PARAMS, CONFIG, np.full(3, 61), cache)
     with pytest.raises(ValueError, match=r"cache: .* this model and batch need"):
         decode_step(PARAMS, CONFIG, TOKENS[:2, 0], cache)
+    with pytest.raises(ValueError, match=r"cache: h is .*; it must be a tuple"):
+        decode_step(
+            PARAMS, CONFIG, TOKENS[:, 0], dataclasses.replace(cache, h=list(cache.h))
+        )
+    half = tuple(h.astype(jnp.bfloat16) for h in cache.h)
+    with pytest.raises(ValueError, match="cache: h is bfloat16; it must be float32"):
+        decode_step(PARAMS, CONFIG, TOKENS[:, 0], dataclasses.replace(cache, h=half))
     with pytest.raises(ValueError, match="batch_size: 0"):
         init_cache(CONFIG, 0)
+    with pytest.raises(ValueError, match=r"dtype: float8.*; .* of 16 bits or more"):
+        init_cache(CONFIG, 1, "float8_e4m3fn")
 
 
 def test_inside_a_compiled_program_an_unknown_token_gives_nan():
@@ -314,6 +324,11 @@ def test_inside_a_compiled_program_an_unknown_token_gives_nan():
 def test_a_bad_configuration_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         Mamba2Config.tiny(**change)
+
+
+def test_an_integer_of_numpy_is_an_integer():
+    config = Mamba2Config.tiny(n_layers=np.int64(2))
+    assert config == Mamba2Config.tiny(n_layers=2) and type(config.n_layers) is int
 
 
 def test_an_unknown_preset_is_named():
@@ -344,3 +359,11 @@ def test_float16_is_as_near_to_float32_as_bfloat16(b, T):
     half = init_params(config, jax.random.key(0), jnp.float16)
     made = generate(half, config, tokens, 5)
     assert made.tokens.shape == (b, 5)
+
+
+def test_no_piece_of_padding_alone_is_read():
+    tokens = np.zeros((2, 40), np.int32)
+    parts = list(pieces(tokens, np.array([3, 9]), 8))
+    assert [left.tolist() for _, left in parts] == [[3, 8], [0, 1]]
+    assert len(list(pieces(tokens, np.array([0, 0]), 8))) == 1
+    assert len(list(pieces(tokens, None, 8))) == 5

@@ -407,3 +407,11 @@ def test_bytes_round_trip_every_text():
 def test_a_checkpoint_without_a_tokenizer_is_named(folder):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         load_tokenizer(folder)
+
+
+def test_a_saved_config_names_no_special_tokens_that_nobody_chose(tmp_path):
+    """Where config.json has none, transformers takes 0, 1 and 2 of its own."""
+    save(tmp_path, *load("tiny"))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert {raw[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")} == {None}
+    assert load(tmp_path)[1] == load("tiny")[1]
