@@ -52,7 +52,8 @@ SQUARE = 3000  # rows of the large product
 def main(argv: list[str] | None = None) -> int:
     """Measure what the arguments say; print, and write the record."""
     args = arguments(argv)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that it starts
+    jax.config.update("jax_platforms", "cpu")
     if hasattr(os, "sched_setaffinity"):  # the only limit that XLA's threads obey
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     config = ssdlib.Mamba2Config.preset(args.size)
@@ -61,16 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("size", "batch", "prompt", "tokens", "threads", "repeats"):
         facts[name] = getattr(args, name)
     facts |= {"pairs": [], "limits": {}, "skipped": {}}
+    path = record.writable(args.out) / f"cpu-{args.size}-{stamp(facts['date'])}.json"
     with tempfile.TemporaryDirectory() as folder:
         params = ssdlib.init_params(config, jax.random.key(0))
         ssdlib.save(folder, params, config)
         del params
         for what in args.what:
             MEASURE[what](Run(args, folder, config, facts))
-    facts["targets"] = report.targets(facts, config)
+            facts["targets"] = report.targets(facts, config)
+            path.write_text(json.dumps(record.rounded(facts), indent=1) + "\n")
     report.show(facts)
-    path = record.writable(args.out) / f"cpu-{args.size}-{stamp(facts['date'])}.json"
-    path.write_text(json.dumps(record.rounded(facts), indent=1) + "\n")
     print(f"\nwritten: {path}")
     return 0
 
@@ -177,7 +178,7 @@ class Run:
         print(f"{label} ...", file=sys.stderr, flush=True)
         try:
             yield
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             self.facts["skipped"][label] = str(error)
             print(f"{label} skipped: {error}", file=sys.stderr)
 

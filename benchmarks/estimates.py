@@ -4,7 +4,7 @@
     python benchmarks/estimates.py [--sizes 130m,2.7b] [--targets tpu-v6e,tpu-v5e] ...
 
 Compiles a decode step and a prefill of 1,024 tokens, batch 1, and writes what chapter
-12 reads: book/results/estimates.json, one row a program; a row of the same program is
+9 reads: book/results/estimates.json, one row a program; a row of the same program is
 replaced. Cycles are the compiler's own estimates: a model, no time. Weights are shapes
 only and nothing is run. The programs of mamba2-jax beside which the chapter sets them
 are those of mamba2_jax_hlo.py; compile_time.py measures the seconds.

@@ -72,9 +72,10 @@ def is_number(value) -> bool:
 
 
 def floating(dtype, also: str = "") -> jnp.dtype:
-    """The dtype of that name or type. Raises ValueError unless it is floating point.
+    """The dtype of that name or type, of which `also` names others: " or int8".
 
-    `also` is what else the caller takes: " or int8".
+    Raises ValueError unless it is floating point, and one that JAX has: without x64 it
+    makes float32 of float64.
     """
     try:
         found = None if dtype is None else jnp.dtype(dtype)
@@ -84,6 +85,8 @@ def floating(dtype, also: str = "") -> jnp.dtype:
         what = described(dtype) if found is None else found
         kind = "floating point of 16 bits or more"
         raise ValueError(f"dtype: {what}; it must be {kind}{also}")
+    if found == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("dtype: float64; set jax_enable_x64 first, or take float32")
     return found
 
 
@@ -150,8 +153,9 @@ def check_floats(name: str, x) -> None:
 def check_integers(name: str, x, shape: tuple[str | int, ...], low: int, high: int):
     """x in int32, so that no other dtype compiles a program anew.
 
-    A list, or a tensor of another library in the host's memory, becomes an array. What
-    is traced or lies on a device stays there. Raises ValueError unless x holds integers
+    A list, or a tensor of another library in the host's memory, becomes an array of
+    NumPy, as does a device's array of another integer dtype. What is traced, or is
+    int32 on a device, stays there. Raises ValueError unless x holds integers
     and has this shape (a str: any size), and low <= x <= high, where x is concrete.
     """
     if isinstance(x, (list, tuple)) or hasattr(x, "__array__"):

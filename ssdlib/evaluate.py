@@ -22,7 +22,7 @@ from ssdlib._checks import check_integers, check_shapes, check_size
 from ssdlib.cache import init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import bucket
-from ssdlib.model import ArrayLike, pieces, read_all
+from ssdlib.model import ArrayLike, is_real, pieces, read_all
 from ssdlib.params import Params, checked_params
 from ssdlib.recurrence import accumulator
 
@@ -107,6 +107,4 @@ def _score(params, config, tokens, targets, real, cache):
     """(Σ -log p of the targets after each real token, cache)."""
     logits, cache = read_all(params, config, tokens, cache, real)
     loss = next_token_loss(logits, targets)
-    return jnp.where(
-        jnp.arange(loss.shape[1], dtype=jnp.int32)[None] < real[:, None], loss, 0
-    ).sum(), cache
+    return jnp.where(is_real(real, loss.shape[1]), loss, 0).sum(), cache

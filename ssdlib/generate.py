@@ -127,12 +127,12 @@ def stream(
 
 
 def _start(params, config, prompt, lengths, cache, limits, most=None, then=None):
-    """Check the arguments: (the parameters, where the generation starts, its options).
+    """Check the arguments; return (parameters, start of the generation, options).
 
-    A prompt of at most `most` tokens is padded to its bucket. Of a longer one, all but
-    the last token of each row is read here, while a thread compiles the program that
-    `then` makes of the three. JAX's own settings belong to a thread, so it is lowered
-    in this one.
+    A prompt of at most `most` tokens is padded to its bucket, and left to the program
+    of the generation. A longer one is read here, up to the last token of each row.
+    While that runs, a second thread compiles `then(parameters, start, options)`, which
+    is lowered in this thread, since JAX keeps settings such as x64 for each thread.
     """
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
@@ -296,9 +296,5 @@ def bucket(size: int) -> int:
     """The smallest of 1, 16, 24, 32, 48, 64, 96 ... that holds size."""
     if size == 1:
         return 1
-    octave = 16
-    while octave < size:
-        if octave + octave // 2 >= size:
-            return octave + octave // 2
-        octave *= 2
-    return octave
+    octave = max(16, 1 << int(size - 1).bit_length())
+    return octave * 3 // 4 if 16 < size <= octave * 3 // 4 else octave

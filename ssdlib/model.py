@@ -18,13 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_size, check_tokens, is_traced
-from ssdlib.cache import (
-    Cache,
-    append_inputs,
-    causal_conv,
-    check_cache,
-    init_cache,
-)
+from ssdlib.cache import Cache, append_inputs, causal_conv, check_cache, init_cache
 from ssdlib.config import Mamba2Config
 from ssdlib.params import Params, checked_params
 from ssdlib.platforms import (
@@ -132,7 +126,7 @@ def _forward(params, config, tokens, lengths):
     cache = init_cache(config, len(tokens), params["embedding"].dtype)
     logits, _ = read_all(params, config, tokens, cache, lengths)
     if lengths is not None:
-        logits = jnp.where(_real(lengths, tokens.shape[1])[..., None], logits, 0)
+        logits = jnp.where(is_real(lengths, tokens.shape[1])[..., None], logits, 0)
     return logits
 
 
@@ -194,7 +188,7 @@ def _backbone(
     r = axes.embed(params["embedding"], tokens, config.vocab_size)
     left = axes.real_tokens_from_here(lengths, T)
     if left is not None and ahead is None:  # so that padding may even be NaN
-        r = jnp.where(_real(left, T)[..., None], r, 0)
+        r = jnp.where(is_real(left, T)[..., None], r, 0)
     r, tails, h = pad_rows(r, rows or len(r)), [], []
     for i, p in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}"):
@@ -231,7 +225,7 @@ def _block(p, config, axes, r, conv, h, left, ahead=False):
     dt = jnp.clip(jax.nn.softplus(dt), *config.time_step_limit)
     every_dt, A, ssd = dt, -jnp.exp(p["A_log"]), axes.ssd_over_segments
     if left is not None:  # a token of dt = 0 neither decays nor writes the state
-        dt = jnp.where(_real(left, T)[..., None], dt, 0)
+        dt = jnp.where(is_real(left, T)[..., None], dt, 0)
 
     if T == 1:
         y, h = ssd_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], p["D"])
@@ -253,13 +247,16 @@ def _project(p, sizes, eps, r):
 
     The norm divides each token by one number, so here it divides after the product:
     on a GPU that is one kernel less. One token takes one product and cuts its results.
-    Many take a product for each part, as cuts of weights then cost less.
+    Many take a product for each part, as cuts of weights then cost less. In float16 it
+    divides before as well, as what is not divided may pass its largest number.
     """
     ends = np.cumsum(sizes)
     cuts = [slice(*cut) for cut in zip([0, *ends], ends, strict=False)]
     r, dtype = r.astype(accumulator(r)), p["in"].dtype
-    u = (r * p["norm"].astype(r.dtype)[None, None]).astype(dtype)
-    scale = inverse_rms(r, eps)
+    u, scale = r * p["norm"].astype(r.dtype)[None, None], inverse_rms(r, eps)
+    if dtype == jnp.float16:
+        u, scale = u * scale, 1
+    u = u.astype(dtype)
 
     def rows(cut):
         y = (linear(p["in"][cut], u, r.dtype) * scale).astype(dtype)
@@ -290,7 +287,7 @@ def _head(params, config, r):
     return linear(head, u, r.dtype)
 
 
-def _real(lengths, T):
+def is_real(lengths, T):
     """(b, T): which tokens of right-padded rows are real."""
     return jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None]
 

@@ -80,7 +80,10 @@ def random_matrix(dtype, key, outputs, inputs, scale=1.0) -> Array:
 
 def is_int8(dtype) -> bool:
     """Whether this is the dtype of `quantize`, by name or type."""
-    return isinstance(dtype, (str, type, jnp.dtype)) and dtype in ("int8", jnp.int8)
+    try:
+        return dtype is not None and jnp.dtype(dtype) == jnp.int8
+    except TypeError:
+        return False
 
 
 def quantize(params: Params) -> Params:

@@ -367,3 +367,20 @@ def test_no_piece_of_padding_alone_is_read():
     assert [left.tolist() for _, left in parts] == [[3, 8], [0, 1]]
     assert len(list(pieces(tokens, np.array([0, 0]), 8))) == 1
     assert len(list(pieces(tokens, None, 8))) == 5
+
+
+def test_a_residual_near_the_largest_float16_is_normed_like_any_other():
+    params = jax.tree.map(lambda v: v, init_params(CONFIG, jax.random.key(0)))
+    params["embedding"] = params["embedding"].at[:, 3].set(60_000.0)
+    params["layers"] = tuple(p | {"norm": 4 * p["norm"]} for p in params["layers"])
+    params |= {"head": params["embedding"] * 0 + 0.1}
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    half = jax.tree.map(lambda v: v.astype(jnp.float16), params)
+    want = forward(params, config, TOKENS)
+    for got in (
+        forward(half, config, TOKENS),
+        decode_step(half, config, TOKENS[:, 0], init_cache(config, 3, "float16"))[0],
+    ):
+        assert jnp.isfinite(got).all()
+    error = abs(forward(half, config, TOKENS) - want).max() / abs(want).max()
+    assert error < 2e-2

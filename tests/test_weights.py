@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ssdlib import Mamba2Config, init_params, load, save
+from ssdlib import Mamba2Config, init_cache, init_params, load, save
 from ssdlib.checkpoint.config_json import load_config, to_json
 from ssdlib.checkpoint.tokenizer import ByteTokenizer, load_tokenizer
 from ssdlib.checkpoint.weights import _layout, _stored
@@ -378,8 +378,14 @@ def test_saving_what_load_would_refuse_is_refused(folder, value, message):
 
 
 def test_float64_is_refused_where_jax_would_make_float32_of_it(folder):
-    with pytest.raises(ValueError, match="dtype: float64; set jax_enable_x64"):
-        load(folder, jnp.float64)
+    config = Mamba2Config.tiny()
+    for make in (
+        lambda: load(folder, jnp.float64),
+        lambda: init_params(config, jax.random.key(0), "float64"),
+        lambda: init_cache(config, 1, float),
+    ):
+        with pytest.raises(ValueError, match="dtype: float64; set jax_enable_x64"):
+            make()
 
 
 def test_numbers_in_arrays_leave_a_config_hashable(as_user):

@@ -34,6 +34,7 @@ from ssdlib.measure import bench, estimate, roofline
 
 PATH = hlo.RECORDS / "fits.json"
 KEY = "chapter", "what", "target"
+TARGET = "tpu-v5e"  # what Colab has
 ALL = "all programs"
 CLOCK = 1.5e9  # of a v5e: an assumption, as in chapter 10
 heard: list[tuple] = []  # name and jaxpr of each program, by `listen`
@@ -110,15 +111,15 @@ def seconds(row: dict) -> np.ndarray:
     return row["times"] * np.array([max(least, middle / fit.factor), most])
 
 
-def of_page(name: str, target: str = "tpu-v5e") -> dict:
-    """What a page takes on the chip, from records; only `host` if nothing runs there.
+def of_page(name: str) -> dict:
+    """What a page takes on a v5e, from records; only `host` if nothing runs there.
 
     `largest` and `memory` of a program; `programs`, how many were compiled, None where
     only the recorded ones were; `compile`, processor seconds; `runs`, the
     least and the most seconds of the programs that are recorded one by one; `host`,
     processor seconds of the whole page with Colab's versions and no chip.
     """
-    key = name.partition("_")[0], target
+    key = name.partition("_")[0], TARGET
     known = json.loads(PATH.read_text())["rows"]
     known = [row for row in known if (row["chapter"], row["target"]) == key]
     colab = json.loads((hlo.RECORDS / "colab.json").read_text())["rows"]
@@ -155,9 +156,9 @@ def listen(chip: jax.Device) -> None:
 
 
 @enable_x64(True)  # for those programs that have float64
-def compile_heard(page: str, target: str = "tpu-v5e") -> None:
-    """Compile all that was heard for the target, and write the row of the chapter."""
-    device, _ = targets._device(target)
+def compile_heard(page: str) -> None:
+    """Compile all that was heard for a v5e, and write the row of the chapter."""
+    device, _ = targets._device(TARGET)
     there = jax.sharding.SingleDeviceSharding(device)
     programs, made, start = tuple(heard), [], time.process_time()
     for name, jaxpr in programs:
@@ -171,14 +172,14 @@ def compile_heard(page: str, target: str = "tpu-v5e") -> None:
     known = {"programs": len(programs), "largest": largest, "memory": memory}
     known |= {"compile_seconds": seconds, "date": datetime.date.today().isoformat()}
     known |= {"versions": targets.versions("libtpu")}
-    values = page.partition("_")[0], ALL, target
+    values = page.partition("_")[0], ALL, TARGET
     rows.put(PATH, KEY, [dict(zip(KEY, values, strict=True)) | known])
 
 
 def main() -> None:
     """Compile one program after another; each row is written when it is known."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--target", default="tpu-v5e")
+    parser.add_argument("--target", default=TARGET)
     parser.add_argument("--only", default="", help="programs with this in their name")
     options = parser.parse_args()
     target = options.target

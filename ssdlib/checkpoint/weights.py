@@ -92,22 +92,14 @@ def _field(read, name, index):
 
 
 def _of_weights(dtype) -> jnp.dtype:
-    """The dtype of the matrices: `available`, or int8."""
-    return jnp.dtype(jnp.int8) if is_int8(dtype) else available(dtype, " or int8")
+    """The dtype of the matrices: floating point, or int8."""
+    return jnp.dtype(jnp.int8) if is_int8(dtype) else floating(dtype, " or int8")
 
 
 def _kind(key: str, dtype) -> jnp.dtype:
     """The dtype of a parameter where matrices have this one."""
     whole = key in FLOAT32 or (dtype == jnp.int8 and key not in MATRICES)
     return jnp.dtype(jnp.float32) if whole else dtype
-
-
-def available(dtype, also: str = "") -> jnp.dtype:
-    """The dtype, which JAX must have: it makes float32 of float64 unless told."""
-    dtype = floating(dtype, also)
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
-        raise ValueError("dtype: float64; set jax_enable_x64 first, or take float32")
-    return dtype
 
 
 def _open(source, revision):

@@ -7,6 +7,7 @@ from pathlib import Path
 __all__ = ["corpus"]
 
 SEPARATOR = "\0"  # ends a document; the shipped models' end-of-text byte
+SHORTEST = 120  # characters of a docstring
 
 
 def corpus() -> bytes:
@@ -33,8 +34,11 @@ def corpus() -> bytes:
     return SEPARATOR.join(documents).encode()
 
 
-def _docstrings(shortest: int = 120):
-    """Docstrings of the standard library in the order of its files, tests left out."""
+def _docstrings():
+    """Docstrings of the standard library in the order of its files.
+
+    Tests and docstrings of less than `SHORTEST` characters are left out.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     for path in sorted(library.rglob("*.py")):
@@ -48,5 +52,5 @@ def _docstrings(shortest: int = 120):
         for node in ast.walk(tree):
             if isinstance(node, documented):
                 text = ast.get_docstring(node)
-                if text and len(text) >= shortest:
+                if text and len(text) >= SHORTEST:
                     yield text

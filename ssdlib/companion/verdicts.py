@@ -280,9 +280,7 @@ def _transfer(claim, evidence):
 
 
 RULES = dict(prefill=_prefill, ceiling=_ceiling, bandwidth=_bandwidth)
-RULES |= dict.fromkeys(
-    ("speedup_review", "speedup_abstract", "speedup_figure"), _speedup
-)
+RULES |= {f"speedup_{where}": _speedup for where in ("review", "abstract", "figure")}
 RULES |= dict(memory=_memory, length=_length, backends=_backends, tokens=_tokens)
 RULES |= dict(rounding=_rounding, perplexity=_perplexity, kernels=_kernels)
 RULES |= dict(host=_host, transfer=_transfer)

@@ -37,7 +37,8 @@ __all__ = [
 _HERE = Path(__file__).parents[1]
 _BOOK = _HERE.parent / "book/results"
 RECORDS = _BOOK if _BOOK.exists() else _HERE / "results"
-COMPILERS = {"tpu": ["libtpu"], "cpu": []}  # beside jaxlib; a GPU's is another one
+COMPILERS = {"tpu": ["libtpu"], "cpu": []}  # beside jaxlib
+OF_GPUS = "jax-cuda12-pjrt", "jax-cuda13-pjrt"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Compiled:
                 i = computation.instructions[name]
                 called = i.called("calls") if i.opcode == "fusion" else []
                 return hlo_text.excerpt(self.hlo, name, called, layouts)
-        raise ValueError(f"name: {name!r} is no instruction of this program")
+        why = "the record of a long program keeps only what is sent to other devices"
+        raise ValueError(f"name: {name!r} is no instruction of this text; {why}")
 
     def save(self, name: str) -> None:
         """Write a record: JSON without paths, layouts kept.
@@ -158,7 +160,7 @@ def read(target: str, compiled, origin: str, seconds: float) -> Compiled:
     return Compiled(
         target=target,
         origin=origin,
-        versions=versions(*COMPILERS.get(target[:3], ["jax-cuda12-pjrt"])),
+        versions=versions(*COMPILERS.get(target[:3], OF_GPUS)),
         date=datetime.date.today().isoformat(),
         compile_seconds=round(seconds, 2),
         memory=memory,

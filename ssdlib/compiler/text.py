@@ -207,7 +207,7 @@ def _frames(FileNames, FileLocations, StackFrames) -> dict[int, tuple[str, int]]
 # --- text to show --------------------------------------------------------------------
 
 
-def strip(text: str, layouts: bool = True) -> str:
+def strip(text: str) -> str:
     """The program without metadata, file names and backend settings."""
     keep, table = [], False
     for line in text.splitlines():
@@ -218,7 +218,7 @@ def strip(text: str, layouts: bool = True) -> str:
             "StackFrames",
         ) or (table and bool(re.match(r"\d+ |$", line)))
         if not table:
-            keep.append(_strip_line(line, layouts))
+            keep.append(_strip_line(line, layouts=True))
     return "\n".join(keep).strip("\n")
 
 

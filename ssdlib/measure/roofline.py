@@ -80,7 +80,7 @@ def recurrent(config: Mamba2Config, b: int, T: int) -> Work:
     return Work(5.0 * b * T * H * P * N, state + _inputs(config, b, T))
 
 
-def quadratic(config: Mamba2Config, b: int, T: int, h0: bool = True) -> Work:
+def quadratic(config: Mamba2Config, b: int, T: int) -> Work:
     """The dual form: O(T²) FLOPs, in products with sides T, N and P.
 
     Scores 2 G N T², mask 6 H T², values 2 H P T², the final state 2 H P N T, and the
@@ -89,7 +89,7 @@ def quadratic(config: Mamba2Config, b: int, T: int, h0: bool = True) -> Work:
     _check(config, b=b, T=T)
     H, P, N, G = config.n_heads, config.head_dim, config.d_state, config.n_groups
     pairs = 2.0 * G * N + _MASK * H + 2.0 * H * P
-    state = (4.0 if h0 else 2.0) * H * P * N
+    state = 4.0 * H * P * N
     return Work(b * T * (T * pairs + state), _inputs(config, b, T) + _state(config, b))
 
 

@@ -19,9 +19,8 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ssdlib._checks import check_integers, check_is, check_tokens
+from ssdlib._checks import check_integers, check_is, check_tokens, floating
 from ssdlib.cache import Cache, check_cache, init_cache
-from ssdlib.checkpoint.weights import available
 from ssdlib.config import Mamba2Config
 from ssdlib.generate import LONGEST, bucket
 from ssdlib.model import ArrayLike, prefill
@@ -115,8 +114,8 @@ def load_cache(
             "in float16 or int8 with these of that dtype"
         )
     conv, length = tensors["conv"], tensors["length"]
-    conv_dtype = available(conv.dtype if dtype is None else dtype)
-    h_dtype = available(tensors["h.0"].dtype if dtype is None else dtype)
+    conv_dtype = floating(conv.dtype if dtype is None else dtype)
+    h_dtype = floating(tensors["h.0"].dtype if dtype is None else dtype)
     h_dtype = accumulator(h_dtype)
     h = tuple(jnp.asarray(tensors[f"h.{i}"], h_dtype) for i in range(config.n_layers))
     return Cache(jnp.asarray(conv, conv_dtype), h, jnp.asarray(length))
@@ -141,8 +140,9 @@ def rewind(
 
     A state cannot be run backwards. So keep a cache every k tokens while you read:
     this takes the last of them before the position, an empty one if there is none, and
-    reads the at most k - 1 tokens in between again. Raises ValueError for a position
-    outside the text, and for a cache of another model or whose rows differ in length.
+    reads the at most k - 1 tokens in between again. Where one stands at the position
+    itself, it is returned as it is. Raises ValueError for a position outside the text,
+    and for a cache of another model or whose rows differ in length.
     """
     params = checked_params(params, config)
     tokens, _ = check_tokens(tokens, config.vocab_size)

@@ -12,7 +12,7 @@ Source: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 
 2302.01318), algorithm 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ def speculate(
     temperature: float | Array = 0.0,
     top_k: int | Array | None = None,
     top_p: float | Array | None = None,
-    eos_id: int | Array | None = None,
+    eos_id: int | Sequence[int] | Array | None = None,
     key: Array | None = None,
     cache: Cache | None = None,
     draft_cache: Any = None,
@@ -242,8 +242,8 @@ _program = jax.jit(_speculation, static_argnames=("config", "size", "k"))
 def _kept(p, q, proposed, chance):
     """(how many proposals are kept, the distribution of the token behind them).
 
-    The first x with chance q(x) >= p(x) is refused, and what q left of p takes its
-    place; behind the last proposal that is p itself.
+    The first x with chance q(x) >= p(x) is refused. The token in its place is drawn
+    from max(0, p - q). Where all k are kept, the next one is drawn from p.
     """
     k = proposed.shape[1]
     p_x, q_x = (_pick(v[:, :k], proposed[..., None], 2)[..., 0] for v in (p, q))
