@@ -83,7 +83,7 @@ def floating(dtype, also: str = "") -> jnp.dtype:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
         what = described(dtype) if found is None else found
-        kind = "floating point of 16 bits or more"
+        kind = "floating point of at least 16 bits"
         raise ValueError(f"dtype: {what}; it must be {kind}{also}")
     if found == jnp.float64 and not jax.config.jax_enable_x64:
         raise ValueError("dtype: float64; set jax_enable_x64 first, or take float32")

@@ -518,7 +518,7 @@ ENTRY %m (a: f32[1024], b: f32[64]) -> f32[4096] {
 }
 """
     module = hlo_text.parse(text)
-    at = module.entry
+    at = module.computations[module.entry]
     moved = {k: hlo_cost.bytes_moved(module, at.instructions[k], at)[0] for k in "grc"}
     assert moved == {"g": 4096 + 16384, "r": 2 * (256 + 4096), "c": 8192}
 

@@ -210,9 +210,9 @@ def test_a_checkpoint_in_eight_bits_is_refused_by_transformers(tmp_path):
 
 @pytest.mark.parametrize("value", ["int4", jnp.int16, "eight", None, 8])
 def test_other_integers_are_no_dtype_of_weights(value):
-    with pytest.raises(ValueError, match="floating point or int8"):
+    with pytest.raises(ValueError, match="of at least 16 bits or int8"):
         init_params(CONFIG, jax.random.key(0), value)
-    with pytest.raises(ValueError, match="floating point or int8"):
+    with pytest.raises(ValueError, match="of at least 16 bits or int8"):
         ssdlib.load("tiny", value)
 
 

@@ -326,7 +326,7 @@ def test_a_bad_configuration_is_named(change, message):
         Mamba2Config.tiny(**change)
 
 
-def test_an_integer_of_numpy_is_an_integer():
+def test_an_integer_of_numpy_is_an_integer(as_user):
     config = Mamba2Config.tiny(n_layers=np.int64(2))
     assert config == Mamba2Config.tiny(n_layers=2) and type(config.n_layers) is int
 
