@@ -74,15 +74,16 @@ def _narrow(figure) -> None:
     height = figure.get_figheight()
     grid = panels[0].get_gridspec()
     columns = grid.ncols
+    shapes = [ax.get_data_ratio() for ax in axes if ax.get_aspect() != "auto"]
     if grid.nrows == 1 < columns:
-        column = GridSpec(columns, 1, figure=figure)
+        beside = 2 if shapes and columns == 4 else 1
+        below = GridSpec(columns // beside, beside, figure=figure)
         for ax in axes:
-            ax.set_subplotspec(column[panels.index(ax.get_subplotspec())])
+            ax.set_subplotspec(below[panels.index(ax.get_subplotspec())])
             if ax in axes[0].get_shared_y_axes().get_siblings(axes[0]):
                 ax.tick_params(labelleft=True)  # it had those of its neighbor
-        height, columns = height * columns, 1
+        height, columns = height * columns, beside
     height *= 0.75
-    shapes = [ax.get_data_ratio() for ax in axes if ax.get_aspect() != "auto"]
     if shapes:  # matrices: as high as their columns are wide, with room for labels
         rows = len(panels) / columns
         height = rows * (max(shapes) * (PHONE / columns - 0.6) + 0.6)
@@ -108,6 +109,9 @@ def _narrow(figure) -> None:
         boxes = [label.get_window_extent() for label in labels]
         if any(a.x1 > b.x0 for a, b in pairwise(boxes)):
             plt.setp(labels, rotation=90, ha="center")
+            boxes = [label.get_window_extent() for label in labels]
+            if any(0.8 * (a.x1 - a.x0) > b.x0 - a.x0 for a, b in pairwise(boxes)):
+                ax.set_xticklabels([])
     words = [e for ax in axes for e in ax.get_children() if isinstance(e, Text)]
     for text in words:  # titles too
         for letters in 28, 20:  # until it does not leave the figure
@@ -115,6 +119,12 @@ def _narrow(figure) -> None:
             spare = 0.05 * box.width  # a browser's letters are a little wider
             if box.x0 < spare or box.x1 > figure.bbox.x1 - spare:
                 text.set_text(_wrapped(text.get_text(), letters))
+    for ax in axes:  # of two names that would cover each other, the first is seen
+        seen = []
+        for text in ax.texts:
+            box = text.get_window_extent().shrunk(0.9, 0.75)
+            text.set_visible(not any(box.overlaps(other) for other in seen))
+            seen += [box] * text.get_visible()
 
 
 def _wrapped(text: str, width: int) -> str:

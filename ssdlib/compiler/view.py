@@ -63,9 +63,8 @@ class Table:
                 side = "right" if right else "left"
                 style = f"text-align:{side};padding:1px 6px{top}"
                 if len(cell) > 16:  # a long one breaks rather than hide the rest
-                    style += ";white-space:normal"
-                if len(cell) > 40:
-                    style += ";min-width:10rem"
+                    width = 10 if len(cell) > 40 else 6
+                    style += f";white-space:normal;min-width:{width}rem"
                 parts.append(f'<{tag} style="{style}">{show(cell)}</{tag}>')
             return f"<tr>{''.join(parts)}</tr>"
 
