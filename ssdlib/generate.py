@@ -137,30 +137,25 @@ def _start(params, config, prompt, lengths, cache, limits, most=None, then=None)
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
     options = check_options(config.vocab_size, *limits)
-    b, T = prompt.shape
-    may_have_ended = cache is not None and options.eos_id is not None
-    if cache is None:
-        cache = init_cache(config, b, params["embedding"].dtype)
-    else:
+    (b, T), goes_on = prompt.shape, cache is not None
+    if goes_on:
         check_cache(config, cache, b)
         cache = jax.tree.map(jnp.copy, cache)  # the program consumes its cache
-    hidden = any(map(is_traced, (prompt, lengths, options.eos_id)))
-    if hidden or T <= (most or LONGEST):
-        start = Start.of(prompt, bucket(T), lengths, cache, may_have_ended)
-        return params, start, options
-    masked, prompt = lengths is not None, np.asarray(prompt)
-    real = np.asarray(lengths) if masked else np.full(b, T)
-    if may_have_ended:
-        real = unless_ended(prompt, real, options.eos_id)
-    earlier, last = np.maximum(real - 1, 0), np.maximum(real - 1, 0)[:, None]
-    prompt_left, real = np.take_along_axis(prompt, last, 1), np.minimum(real, 1)
-    start = Start(prompt_left, real if masked else None, cache, masked, False)
+    else:
+        cache = init_cache(config, b, params["embedding"].dtype)
+    start = Start.of(prompt, lengths, cache, goes_on, options.eos_id)
+    if T <= (most or LONGEST) or any(map(is_traced, (prompt, lengths, options.eos_id))):
+        return params, start.filled_up_to(bucket(T)), options
+    prompt, real = np.asarray(prompt), np.full(b, T, np.int32)
+    if start.masked:
+        start = start._replace(real=np.minimum(real := np.asarray(start.real), 1))
+    earlier = np.maximum(real - 1, 0)
+    start = start._replace(prompt=np.take_along_axis(prompt, earlier[:, None], 1))
     with ThreadPoolExecutor(1) as pool:
-        compiling = then and pool.submit(then(params, start, options).compile)
+        if then:
+            pool.submit(then(params, start, options).compile)
         piece = min(LONGEST, bucket(T))
         _, cache = prefill(params, config, prompt, cache, earlier, piece=piece)
-        if compiling:
-            compiling.result()
     return params, start._replace(cache=cache), options
 
 
@@ -172,25 +167,31 @@ class Start(NamedTuple):
 
     prompt:  (b, size)
     real:    (b,) how many tokens of it are real, None if all.
-    masked:  whether a row without any may be among them: it is idle.
-    may_have_ended: whether a row may have ended in an earlier generation.
+    cache:   has read all before the prompt.
+    masked:  whether a row may be idle, now or later: one without a real token.
     """
 
     prompt: Array
     real: Array | None
     cache: Any
     masked: bool
-    may_have_ended: bool
 
     @classmethod
-    def of(cls, prompt, size, lengths, cache, may_have_ended):
-        """From a prompt, filled up to `size`, of which a row has `lengths` or all."""
-        (b, T), masked = prompt.shape, lengths is not None
-        if size > 1:
-            pad = jnp.pad if is_traced(prompt) else np.pad
-            prompt = pad(prompt, [(0, 0), (0, size - T)])
-            lengths = np.full(b, T, np.int32) if lengths is None else lengths
-        return cls(prompt, lengths, cache, masked, may_have_ended)
+    def of(cls, prompt, lengths, cache, goes_on, eos_id):
+        """Rows have `lengths` real tokens, or all; one that goes on may have ended."""
+        masked, every = lengths is not None or eos_id is not None, prompt.shape
+        real = np.full(*every, np.int32) if masked and lengths is None else lengths
+        real = unless_ended(prompt, real, eos_id) if goes_on else real
+        return cls(prompt, real, cache, masked)
+
+    def filled_up_to(self, size):
+        """With padding to the right of the prompt."""
+        (b, T), pad = self.prompt.shape, jnp.pad if is_traced(self.prompt) else np.pad
+        if size == 1:
+            return self
+        real = np.full(b, T, np.int32) if self.real is None else self.real
+        prompt = pad(self.prompt, [(0, 0), (0, size - T)])
+        return self._replace(prompt=prompt, real=real)
 
 
 def run(read: Callable, params, config, start: Start, n, options) -> Generation:
@@ -214,8 +215,6 @@ def run_blocks(
     read: Callable, params, config, start: Start, n, options, block: int
 ) -> Iterator[np.ndarray]:
     """`stream` for any model."""
-    check_size("max_new_tokens", n)
-    check_size("block", block)
     size, eos_id = bucket(block), options.eos_id
 
     def go(start, n):
@@ -223,13 +222,10 @@ def run_blocks(
 
     def blocks(made, left):
         while True:
-            now, left = min(block, left), max(0, left - block)
-            tokens, masked = made.tokens, start.masked or eos_id is not None
+            tokens, now, left = made.tokens, min(block, left), max(0, left - block)
             if left:  # queue the next block, then wait for this one
-                last = tokens[:, block - 1 : block]
-                real = (made.lengths == block).astype(jnp.int32) if masked else None
-                next_ = Start(last, real, made.cache, start.masked, eos_id is not None)
-                made = go(next_, min(block, left))
+                last, real = _last(tokens, made.lengths, eos_id, block, start.masked)
+                made = go(Start(last, real, made.cache, start.masked), min(block, left))
             tokens = np.asarray(tokens)[:, :now]
             yield tokens
             ended = eos_id is not None and np.isin(tokens[:, -1], eos_id).all()
@@ -239,15 +235,19 @@ def run_blocks(
     return blocks(go(start, min(block, n)), n)
 
 
+@partial(jax.jit, static_argnames=("block", "masked"))
+def _last(tokens, lengths, eos_id, block, masked):
+    """(the last token of each row (b, 1), 1 for rows that go on where one may not)."""
+    last, real = tokens[:, block - 1 : block], (lengths == block).astype(jnp.int32)
+    return last, unless_ended(last, real, eos_id) if masked else None
+
+
 def _generation(
-    read, params, config, prompt, real, cache, masked, may_have_ended, n, size, options
+    read, params, config, prompt, real, cache, masked, n, size, options
 ) -> Generation:
     """Read the prompt, then make n tokens in a buffer of `size`, all on the device."""
     b, eos_id = len(prompt), options.eos_id
-    if eos_id is not None:
-        real = jnp.full(b, prompt.shape[1], jnp.int32) if real is None else real
-        real = unless_ended(prompt, real, eos_id) if may_have_ended else real
-    fill, masked = 0 if eos_id is None else eos_id[0], masked or eos_id is not None
+    fill = 0 if eos_id is None else eos_id[0]
     alive = real > 0 if masked else jnp.ones(b, bool)
     if options.key is not None:
         keys = jax.vmap(partial(jax.random.fold_in, options.key))(
@@ -287,7 +287,7 @@ def _generation(
     return Generation(tokens, lengths, cache)
 
 
-STATIC = "read", "config", "masked", "may_have_ended", "size"
+STATIC = "read", "config", "masked", "size"
 _program = jax.jit(_generation, static_argnames=STATIC, donate_argnames="cache")
 _inner_program = jax.jit(_generation, static_argnames=STATIC)  # inside another program
 

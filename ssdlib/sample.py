@@ -142,8 +142,10 @@ def unless_ended(prompt, real, eos_id):
     """No real tokens for a row that goes on with eos_id alone, as it has ended."""
     if eos_id is None:
         return real
-    xp = jnp if is_traced(prompt) or isinstance(prompt, jax.Array) else np
-    return xp.where((real == 1) & is_end(prompt[:, 0], eos_id), 0, real)
+    arrays = isinstance(prompt, jax.Array) or isinstance(real, jax.Array)
+    on_host = not arrays and not is_traced(eos_id)
+    xp, ends = (np, np.isin) if on_host else (jnp, is_end)
+    return xp.where((real == 1) & ends(prompt[:, 0], eos_id), 0, real)
 
 
 def is_end(token, eos_id):

@@ -523,6 +523,14 @@ def test_a_second_turn_and_all_blocks_of_a_stream_share_one_program(compilations
     assert sum("_generation" in str(name) for name in made) == 2  # a prompt, a block
 
 
+def test_all_blocks_of_a_stream_with_an_end_share_one_program(compilations):
+    config = dataclasses.replace(CONFIG, norm_eps=4e-5)  # no other test compiled it
+    with compilations() as log:
+        list(stream(PARAMS, config, PROMPT, 40, block=16, eos_id=60))
+    made = [name for event, name in log if "backend_compile" in event]
+    assert sum("_generation" in str(name) for name in made) == 1
+
+
 def test_prompts_beyond_the_longest_share_their_programs(monkeypatch, compilations):
     monkeypatch.setattr(sys.modules["ssdlib.generate"], "LONGEST", 16)
     generate(PARAMS, CONFIG, np.zeros((1, 40), np.int32), 4)

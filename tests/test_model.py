@@ -298,7 +298,7 @@ def test_a_bad_step_is_named():
         decode_step(PARAMS, CONFIG, TOKENS[:, 0], dataclasses.replace(cache, h=half))
     with pytest.raises(ValueError, match="batch_size: 0"):
         init_cache(CONFIG, 0)
-    with pytest.raises(ValueError, match="dtype: float8.*; .* of at least 16 bits"):
+    with pytest.raises(ValueError, match=r"dtype: float8.*; .* of at least 16 bits"):
         init_cache(CONFIG, 1, "float8_e4m3fn")
 
 

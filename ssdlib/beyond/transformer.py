@@ -125,6 +125,7 @@ def stream(
     **limits,
 ) -> Iterator[np.ndarray]:
     """`ssdlib.stream` for this model."""
+    check_size("block", block)
     start, options = _start(params, config, prompt, max_new_tokens, cache, limits)
     return run_blocks(_read, params, config, start, max_new_tokens, options, block)
 
@@ -141,8 +142,7 @@ def _start(params, config, prompt, n, cache, limits):
         cache = jax.tree.map(jnp.copy, cache)
     else:
         cache = init_cache(config, b, T + n, params["embedding"].dtype)
-    may_have_ended = goes_on and options.eos_id is not None
-    return Start(prompt, None, cache, False, may_have_ended), options
+    return Start.of(prompt, None, cache, goes_on, options.eos_id), options
 
 
 @partial(jax.jit, static_argnames="config")

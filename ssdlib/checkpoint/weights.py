@@ -131,7 +131,7 @@ def _read(config, stored, want, dtype) -> Params:
             tensor = tensor[:, 0] if name.endswith("conv1d.weight") else tensor
             value = _convert(file, name, tensor, _kind(key, dtype))
             place = params if layer is None else params["layers"][layer]
-            place[key] = jax.tree.map(jnp.asarray, value)
+            place[key] = jax.device_put(value)  # compiles nothing
             progress.update(math.prod(shape))
     return params
 
