@@ -212,8 +212,8 @@ def _host(claim, evidence):
     loops = [
         max(op.times for op in p.ops) > 1 or p.unknown_loops for p in made.values()
     ]
-    text = f"{len(found)} of {len(kernels):,} kernels on {', '.join(made)} exchange "
-    text += f"data with it, in {sum(map(bool, loops))} loops"
+    text = f"{len(found)} of {len(kernels):,} kernels in the texts for "
+    text += f"{', '.join(made)} exchange data with it, in {sum(map(bool, loops))} loops"
     return _compiled(evidence, made, text, all(loops) and not found)
 
 
@@ -239,7 +239,8 @@ def _tokens(claim, evidence):
 
 def _rounding(claim, evidence):
     errors = [max(case.get("h", 0), case["logits"]) for case in evidence.cases()]
-    text = "states and logits: {worst:.0e} of the largest, against {reference}"
+    what = "states h and logits" * any("h" in case for case in evidence.cases())
+    text = f"{what or 'logits'}: {{worst:.0e}} of the largest, against {{reference}}"
     return _parity(evidence, errors, max, text, lambda e: e <= ROUNDING)
 
 
