@@ -80,6 +80,38 @@ def test_a_remark_that_would_leave_the_figure_is_wrapped():
     assert "\n" in remark.get_text() and "\n" not in short.get_text()
 
 
+def test_the_label_of_a_tick_at_the_edge_stays_in_the_figure_on_a_phone():
+    figure, ax = plt.subplots(figsize=(6.4, 2), layout="constrained")
+    ax.barh(["one at a time", "padded to the longest"], [7642, 4690])
+    figures._narrow(figure)
+    figure.canvas.draw()
+    inside = [
+        t for t in ax.get_xticklabels() if t.get_position()[0] <= ax.get_xlim()[1]
+    ]
+    assert inside[-1].get_text() == "8000"
+    assert inside[-1].get_window_extent().x1 <= figure.bbox.x1
+    plt.close(figure)
+
+
+def test_of_two_names_that_cover_each_other_one_is_seen_on_a_phone():
+    figure, ax = plt.subplots(figsize=(6.4, 3))
+    for name, x in (("the first", 0.1), ("the second", 0.12), ("far off", 0.8)):
+        ax.text(x, 0.5, name)
+    figures._narrow(figure)
+    assert [text.get_visible() for text in ax.texts] == [True, False, True]
+    plt.close(figure)
+
+
+def test_letters_of_an_axis_that_cover_each_other_are_left_out_on_a_phone():
+    figure, axes = plt.subplots(1, 3)
+    for ax, n in zip(axes, (5, 90, 5), strict=True):
+        ax.set_xticks(range(n), list("abcde" * (n // 5)))
+    figures._narrow(figure)
+    texts = ["".join(t.get_text() for t in ax.get_xticklabels()) for ax in axes]
+    assert texts == ["abcde", "", "abcde"]
+    plt.close(figure)
+
+
 def test_one_drawing_is_seen_without_a_style_sheet():
     wide, narrow = drawings(two_panels())
     assert "display: none" in narrow.split(">")[0]

@@ -105,8 +105,12 @@ def _narrow(figure) -> None:
     figure.set_size_inches(PHONE, height + 0.2 * lines)
     figure.draw_without_rendering()
     for ax in axes:
-        labels = [label for label in ax.get_xticklabels() if label.get_text()]
+        low, high = sorted(ax.get_xlim())
+        seen = [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
+        labels = [label for label in seen if label.get_text()]
         boxes = [label.get_window_extent() for label in labels]
+        if boxes and boxes[-1].x1 > figure.bbox.x1 - 3:  # of a tick at the very edge
+            labels[-1].set_ha("right")
         if any(a.x1 > b.x0 for a, b in pairwise(boxes)):
             plt.setp(labels, rotation=90, ha="center")
             boxes = [label.get_window_extent() for label in labels]
