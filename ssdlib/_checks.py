@@ -155,8 +155,8 @@ def check_integers(name: str, x, shape: tuple[str | int, ...], low: int, high: i
 
     A list, or a tensor of another library in the host's memory, becomes an array of
     NumPy, as does a device's array of another integer dtype. What is traced, or is
-    int32 on a device, stays there. Raises ValueError unless x holds integers
-    and has this shape (a str: any size), and low <= x <= high, where x is concrete.
+    int32 on a device, stays there. Raises ValueError unless x holds integers and has
+    this shape (a str: any size), and low <= x <= high, where x is concrete.
     """
     if isinstance(x, (list, tuple)) or hasattr(x, "__array__"):
         try:

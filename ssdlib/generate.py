@@ -129,10 +129,10 @@ def stream(
 def _start(params, config, prompt, lengths, cache, limits, most=None, then=None):
     """Check the arguments; return (parameters, start of the generation, options).
 
-    A prompt of at most `most` tokens is padded to its bucket, and left to the program
-    of the generation. A longer one is read here, up to the last token of each row.
-    While that runs, a second thread compiles `then(parameters, start, options)`, which
-    is lowered in this thread, since JAX keeps settings such as x64 for each thread.
+    A prompt of at most `most` tokens is padded to its bucket and left to the program. A
+    longer one is read here, up to each row's last token, while a second thread compiles
+    `then(parameters, start, options)`. That is lowered in this thread, since JAX keeps
+    settings such as x64 for each.
     """
     params = checked_params(params, config)
     prompt, lengths = check_tokens(prompt, config.vocab_size, lengths, name="prompt")
@@ -145,12 +145,12 @@ def _start(params, config, prompt, lengths, cache, limits, most=None, then=None)
         cache = init_cache(config, b, params["embedding"].dtype)
     start = Start.of(prompt, lengths, cache, goes_on, options.eos_id)
     if T <= (most or LONGEST) or any(map(is_traced, (prompt, lengths, options.eos_id))):
-        return params, start.filled_up_to(bucket(T)), options
-    prompt, real = np.asarray(prompt), np.full(b, T, np.int32)
-    if start.masked:
-        start = start._replace(real=np.minimum(real := np.asarray(start.real), 1))
-    earlier = np.maximum(real - 1, 0)
-    start = start._replace(prompt=np.take_along_axis(prompt, earlier[:, None], 1))
+        return params, start.padded_to(bucket(T)), options
+    prompt = np.asarray(prompt)
+    real = np.asarray(start.real) if start.masked else np.full(b, T, np.int32)
+    earlier, one = np.maximum(real - 1, 0), np.minimum(real, 1)
+    last = np.take_along_axis(prompt, earlier[:, None], 1)
+    start = start._replace(prompt=last, real=one if start.masked else None)
     with ThreadPoolExecutor(1) as pool:
         if then:
             pool.submit(then(params, start, options).compile)
@@ -179,12 +179,13 @@ class Start(NamedTuple):
     @classmethod
     def of(cls, prompt, lengths, cache, goes_on, eos_id):
         """Rows have `lengths` real tokens, or all; one that goes on may have ended."""
-        masked, every = lengths is not None or eos_id is not None, prompt.shape
-        real = np.full(*every, np.int32) if masked and lengths is None else lengths
+        masked, real = lengths is not None or eos_id is not None, lengths
+        if masked and real is None:
+            real = np.full(*prompt.shape, np.int32)  # (b,), each T
         real = unless_ended(prompt, real, eos_id) if goes_on else real
         return cls(prompt, real, cache, masked)
 
-    def filled_up_to(self, size):
+    def padded_to(self, size):
         """With padding to the right of the prompt."""
         (b, T), pad = self.prompt.shape, jnp.pad if is_traced(self.prompt) else np.pad
         if size == 1:
@@ -211,10 +212,8 @@ def first_tokens(tokens, n):
     return jax.device_put(np.asarray(tokens)[:, :n], tokens.sharding)
 
 
-def run_blocks(
-    read: Callable, params, config, start: Start, n, options, block: int
-) -> Iterator[np.ndarray]:
-    """`stream` for any model."""
+def run_blocks(read: Callable, params, config, start: Start, n, options, block: int):
+    """`stream` for any model, and what it returns."""
     size, eos_id = bucket(block), options.eos_id
 
     def go(start, n):

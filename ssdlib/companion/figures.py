@@ -103,11 +103,16 @@ def _narrow(figure) -> None:
     for ax in axes:
         ax.tick_params(labelsize=8.8)
     figure.set_size_inches(PHONE, height + 0.2 * lines)
+    _keep_apart(figure, axes)
+
+
+def _keep_apart(figure, axes) -> None:
+    """Let no letters of a narrow figure cover others or leave it."""
     figure.draw_without_rendering()
     for ax in axes:
         low, high = sorted(ax.get_xlim())
-        seen = [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
-        labels = [label for label in seen if label.get_text()]
+        inside = [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
+        labels = [label for label in inside if label.get_text()]
         boxes = [label.get_window_extent() for label in labels]
         if boxes and boxes[-1].x1 > figure.bbox.x1 - 3:  # of a tick at the very edge
             labels[-1].set_ha("right")

@@ -161,7 +161,6 @@ def _length(claim, evidence):
     runs = [r for r in runs if r and r[-1]["length"] >= 8 * r[0]["length"]]
     if not runs:
         return Finding(computed, "", OPEN)
-
     found = []
     for rows in runs:
         ordered = sorted((row["seconds"] for row in rows), key=lambda s: s["median"])
@@ -239,8 +238,9 @@ def _tokens(claim, evidence):
 
 def _rounding(claim, evidence):
     errors = [max(case.get("h", 0), case["logits"]) for case in evidence.cases()]
-    what = "states h and logits" * any("h" in case for case in evidence.cases())
-    text = f"{what or 'logits'}: {{worst:.0e}} of the largest, against {{reference}}"
+    text = "logits: {worst:.0e} of the largest, against {reference}"
+    if any("h" in case for case in evidence.cases()):
+        text = "states h and " + text
     return _parity(evidence, errors, max, text, lambda e: e <= ROUNDING)
 
 
