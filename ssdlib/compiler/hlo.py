@@ -115,8 +115,9 @@ class Compiled:
                 i = computation.instructions[name]
                 called = i.called("calls") if i.opcode == "fusion" else []
                 return hlo_text.excerpt(self.hlo, name, called, layouts)
-        why = "the record of a long program keeps only what is sent to other devices"
-        raise ValueError(f"name: {name!r} is no instruction of this text; {why}")
+        recorded = "; the record of a long one keeps only what is sent to other devices"
+        why = recorded if self.origin == "recorded" else ""
+        raise ValueError(f"name: {name!r} is no instruction of this program{why}")
 
     def save(self, name: str) -> None:
         """Write a record: JSON without paths, layouts kept.
