@@ -66,7 +66,7 @@ def test_a_chip_without_measured_times_gets_no_estimate():
 def test_a_ratio_has_the_worst_of_both_intervals_and_the_ratio_of_rooflines():
     ratio = Estimate(2e-3, 3e-3, 8e-3, 2e-3).over(Estimate(1e-3, 2e-3, 5e-3, 1e-3))
     assert ratio == pytest.approx((0.4, 1.5, 8, 2))
-    assert ratio.times == "1.5 times (0.4 to 8), rooflines 2"
+    assert ratio.times == "1.5 times (0.4 to 8; rooflines 2)"
     assert Estimate(2e-3, 3.14e-3, 8e-3, 2e-3).ms == "3.1 ms (2 to 8)"
 
 

@@ -47,8 +47,8 @@ class Estimate(NamedTuple):
 
     @property
     def times(self) -> str:
-        """A ratio: "1.5 times (0.4 to 3.8), rooflines 0.99"."""
-        return "{1:.2g} times ({0:.2g} to {2:.2g}), rooflines {3:.2g}".format(*self)
+        """A ratio: "1.5 times (0.4 to 3.8; rooflines 0.99)"."""
+        return "{1:.2g} times ({0:.2g} to {2:.2g}; rooflines {3:.2g})".format(*self)
 
 
 def _short(v: float) -> str:

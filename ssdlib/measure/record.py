@@ -201,7 +201,7 @@ def _caption(record: dict) -> str:
     ]
     if peak:
         lines += [
-            f"MFU and HBU of {peak['flops'] / 1e12:.3g} TFLOPS and "
+            f"MFU and HBU are shares of {peak['flops'] / 1e12:.3g} TFLOPS and "
             f"{peak['bandwidth'] / 1e9:.4g} GB/s ({peak['source']})."
         ]
     lines += [", ".join(f"{k} {count(v, 'B')}" for k, v in memory.items()) + "."]
