@@ -66,7 +66,8 @@ notebooks: $(READY) _build/sources ## run every chapter, or one: NB=book/02_dual
 	$(if $(TIMED),$(RUN_CHAPTERS) $(TIMED))
 
 extras: $(READY) ## add torch, transformers and the compilers for TPU and NVIDIA
-	$(BIN)/python -m pip install --quiet -c requirements.txt -r requirements-extras.txt
+	$(BIN)/python -m pip install --quiet --no-compile -c requirements.txt \
+	  -r requirements-extras.txt
 
 format: $(READY) ## format code and chapters, drop the chapters' outputs
 	$(BIN)/ruff check --fix .
@@ -114,11 +115,12 @@ clean: ## remove everything that make has made
 # The chapters' results in CI are those of the CPU; set JAX_PLATFORMS to run elsewhere.
 book site test pytest notebooks: export JAX_PLATFORMS ?= cpu
 
+# Python compiles a module when it is first imported: of torch and its like most never are.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("This needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % v)'
 	@echo "Setting up .venv (once, a minute or two) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@mkdir -p .venv/etc/ipython # else each kernel warns that it talks over plain TCP
 	@echo 'c.IPKernelApp.log_level = "ERROR"' > .venv/etc/ipython/ipython_kernel_config.py
