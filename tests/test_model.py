@@ -55,6 +55,12 @@ def disturbed(params, seed=1):
     return jax.tree.map(noisy, jax.tree.map(np.asarray, params))
 
 
+def biased():
+    """A model whose blocks give even an input of zeros a result: (params, config)."""
+    config = Mamba2Config.tiny(proj_bias=True)
+    return disturbed(init_params(config, jax.random.key(0))), config
+
+
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS.keys())
 def test_the_model_equals_the_oracle_on_the_saved_checkpoint(change, tmp_path):
     config = Mamba2Config.tiny(**change)
@@ -125,9 +131,10 @@ def test_right_padding_changes_no_logit_and_no_cache(lengths, junk, continued):
 
 def test_forward_with_lengths_keeps_real_logits_and_zeroes_the_rest():
     lengths = np.asarray([1, 9, T])
-    logits = forward(PARAMS, CONFIG, TOKENS, lengths)
+    params, config = biased()
+    logits = forward(params, config, TOKENS, lengths)
     real = np.arange(T) < lengths[:, None]
-    assert oracle.error(logits[real], LOGITS[real]) <= 1e-6
+    assert oracle.error(logits[real], forward(params, config, TOKENS)[real]) <= 1e-6
     assert (np.asarray(logits)[~real] == 0).all()
 
 
@@ -232,15 +239,16 @@ BAD_TOKENS = {
 
 @pytest.mark.parametrize("n", [1, 13])
 def test_a_row_of_length_0_keeps_its_cache_and_has_no_logits(n):
-    _, before = prefill(PARAMS, CONFIG, TOKENS)
+    params, config = biased()
+    _, before = prefill(params, config, TOKENS)
     lengths = np.asarray([n, 0, 1])
-    logits, after = prefill(PARAMS, CONFIG, TOKENS[:, :n], before, lengths)
+    logits, after = prefill(params, config, TOKENS[:, :n], before, lengths)
     assert not logits[1].any() and logits[0].any() and logits[2].any()
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(new[1], old[1])
         assert (new[0] != old[0]).any()
     np.testing.assert_array_equal(after.length, before.length + lengths)
-    assert not forward(PARAMS, CONFIG, TOKENS[:, :n], lengths)[1].any()
+    assert not forward(params, config, TOKENS[:, :n], lengths)[1].any()
 
 
 @pytest.mark.parametrize("piece", [1, 8, 20, 64])
