@@ -147,3 +147,6 @@ def test_a_chapter_keeps_the_house_rules(path):
     for part in ("Takeaway", "## Exercises", "## Further reading", "## Symbols"):
         assert part in whole, part
     assert "show(fig" in whole
+    # A folded answer stands in the box of its question.
+    checks = [t for t in text if "> **Check." in t]
+    assert not [t for t in checks if re.search("^<details", t, re.M)]
