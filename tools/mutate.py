@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def mutants(source: str):
 
 def run(job) -> str | None:
     """The description of a mutant that lives, else None."""
-    module, tests, programs, i, how, text, plain = job
+    module, tests, programs, limit, i, how, text, plain = job
     with tempfile.TemporaryDirectory() as folder:
         copy_ = Path(folder)
         for name in ("ssdlib", "tests", "tools", "pyproject.toml"):
@@ -132,7 +133,11 @@ def run(job) -> str | None:
         pytest += ["--hypothesis-seed=0"]
         try:
             done = subprocess.run(
-                [*pytest, *tests], cwd=folder, env=env, capture_output=True, timeout=900
+                [*pytest, *tests],
+                cwd=folder,
+                env=env,
+                capture_output=True,
+                timeout=limit,
             )
         except subprocess.TimeoutExpired:
             return None
@@ -156,9 +161,11 @@ def main() -> None:
     only = args.only and {int(i) for i in args.only.split(",")}
     chosen = [m for m in mutants(source) if not only or m[0] in only]
     programs = tempfile.mkdtemp()
-    jobs = [(args.module, args.tests, programs, *m, plain) for m in chosen]
-    if run((args.module, args.tests, programs, 0, "unchanged", plain, plain)) is None:
+    start, tests = time.time(), (args.module, args.tests, programs)
+    if run((*tests, 3600, 0, "unchanged", plain, plain)) is None:
         sys.exit("The tests fail without any change.")
+    limit = 60 + 3 * (time.time() - start)  # a loop without an end is noticed too
+    jobs = [(*tests, limit, *m, plain) for m in chosen]
     lived = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for i, found in enumerate(pool.map(run, jobs)):
