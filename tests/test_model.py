@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from ssdlib import (
     prefill,
     save,
 )
-from ssdlib.model import pieces
+from ssdlib.model import pieces, read_all
 from ssdlib.model import read as unchecked
 
 CONFIG = Mamba2Config.tiny()
@@ -262,6 +263,17 @@ def test_reading_in_pieces_gives_the_logits_and_the_cache_of_one_pass(piece):
     tokens = TOKENS[:, : 2 * piece + 1]  # three pieces, for the compiler's sake
     rows = jax.jit(lambda tokens: prefill(PARAMS, CONFIG, tokens, piece=piece))(tokens)
     assert oracle.error(rows[0], prefill(PARAMS, CONFIG, tokens)[0]) <= 1e-5
+
+
+def test_logits_ahead_are_those_of_reading_on_and_the_cache_does_not_read_on():
+    lengths, k = np.asarray([5, 1, T - 3], np.int32), 3
+    read_ahead = jax.jit(partial(read_all, PARAMS, CONFIG, ahead=k))
+    logits, cache = read_ahead(TOKENS, init_cache(CONFIG, 3), lengths)
+    at = lengths[:, None] - 1 + np.arange(k + 1)[None]
+    assert oracle.error(logits, np.take_along_axis(LOGITS, at[..., None], 1)) <= 1e-5
+    _, alone = prefill(PARAMS, CONFIG, TOKENS, lengths=lengths)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(alone), strict=True):
+        assert oracle.error(a, b) <= 1e-5
 
 
 BAD_LENGTHS = {
