@@ -113,7 +113,6 @@ def pieces(tokens, lengths, size: int):
         xp, tokens = np, np.asarray(tokens)
         if lengths is not None:
             T = max(1, int(np.max(lengths)))
-            tokens = tokens[:, :T]
     lengths = xp.full(b, T, np.int32) if lengths is None else xp.asarray(lengths)
     tokens = xp.pad(tokens, [(0, 0), (0, -T % size)])
     for start in range(0, T, size):

@@ -535,9 +535,16 @@ def test_prompts_beyond_the_longest_share_their_programs(monkeypatch, compilatio
     monkeypatch.setattr(sys.modules["ssdlib.generate"], "LONGEST", 16)
     generate(PARAMS, CONFIG, np.zeros((1, 40), np.int32), 4)
     with compilations() as log:
-        for T in (17, 33, 65):
+        for T in (17, 18, 31, 33, 65):
             generate(PARAMS, CONFIG, np.zeros((1, T), np.int32), 4)
     assert not log
+
+
+def test_a_stream_stops_with_the_block_in_which_its_last_row_ends():
+    free = np.asarray(generate(PARAMS, CONFIG, PROMPT[:1], 20).tokens)[0]
+    at = next(t for t in range(7, 10) if free[t] not in free[:t])
+    blocks = stream(PARAMS, CONFIG, PROMPT[:1], 50, block=5, eos_id=int(free[at]))
+    assert len(list(blocks)) == 2
 
 
 def test_buckets_hold_their_size_with_at_most_half_to_spare():
