@@ -203,7 +203,7 @@ def _backbone(
 
 
 @partial(jax.jit, static_argnames=("config", "axes", "ahead"))  # traced once
-def _block(p, config, axes, r, conv, h, left, ahead):
+def _block(p, config, axes, r, conv, h, left, ahead=False):
     """One block on r (b, T, d_model): (the next r, last inputs of conv, h).
 
     conv, h and p are this device's part, and say how many heads it has; `left` are the
