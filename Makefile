@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 CACHE := _build/.jupyter_cache
 NB ?= book
+PAGES := $(filter-out %/_template.ipynb,$(wildcard book/*.ipynb))
 
 # Chapters are committed without outputs, ids kept.
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.widgets"
@@ -22,7 +23,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 book: $(READY) _build/sources ## run the chapters that changed and build the book
-	@test -d $(CACHE) || echo "The first time, every chapter runs: about ten minutes ..."
+	@test -d $(CACHE) || { echo "The first time, every chapter runs: about ten minutes ..."; \
+	  $(MAKE) --no-print-directory notebooks NB="$(PAGES)"; }
 	$(BIN)/jupyter-book build . -W --keep-going -n
 	@echo "Open _build/html/index.html, or run: make serve"
 
@@ -54,15 +56,16 @@ pytest: $(READY) ## the tests in tests/
 
 # The book reads what these runs leave in the cache, so nothing is run twice. Warnings are
 # errors in tests/ only: here they would come from Jupyter's own parts. A chapter that reads
-# the clock has the machine to itself, unless TIMED is set to nothing; of the others, two
-# run at a time.
+# the clock before its exercises has the machine to itself, unless TIMED is set to nothing;
+# of the others, two run at a time.
 CHAPTER_FILES = $(filter %.ipynb,$(NB) $(wildcard $(NB:%=%/*.ipynb)))
-TIMED ?= $(shell grep -l perf_counter $(CHAPTER_FILES) /dev/null)
+TIMED ?= $(shell awk '/\#\# Exercises/ { nextfile } \
+  /perf_counter|bench\.bench/ { print FILENAME; nextfile }' $(CHAPTER_FILES) /dev/null)
 UNTIMED = $(filter-out $(TIMED),$(CHAPTER_FILES))
 RUN_CHAPTERS := $(BIN)/pytest --nbmake --nbmake-timeout=300 --nb-cache $(CACHE) \
   -p no:cacheprovider -W default -v --durations=0
 notebooks: $(READY) _build/sources ## run every chapter, or one: NB=book/02_duality.ipynb
-	$(if $(UNTIMED),$(RUN_CHAPTERS) -n 2 $(UNTIMED))
+	$(if $(UNTIMED),$(RUN_CHAPTERS) -n 2 --dist worksteal $(UNTIMED))
 	$(if $(TIMED),$(RUN_CHAPTERS) $(TIMED))
 
 extras: $(READY) ## add torch, transformers and the compilers for TPU and NVIDIA
