@@ -20,6 +20,8 @@ that are not installed are named and skipped. What can be measured:
 Prints tables and the targets of this run, and writes a record: schema.json beside it
 says what each field means. The ssdlib measured is the one that Python finds, so
 PYTHONPATH chooses it. Run nothing beside it. 2.7b needs 30 GB to write its checkpoint.
+Where a virtual machine lists AMX and does not allow it, llama.cpp's 8 bits need a build
+with GGML_NATIVE=OFF and GGML_AVX512, GGML_AVX512_VNNI, ... ON.
 """
 
 import argparse
@@ -154,7 +156,9 @@ class Peer:
 
     def _answer(self):
         line = self.process.stdout.readline()
-        answer = json.loads(line or '{"error": "the process ended"}')
+        if not line:  # a negative code is that of a signal: -4, an illegal instruction
+            raise RuntimeError(f"the process ended with code {self.process.wait()}")
+        answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["value"]
