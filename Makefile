@@ -23,7 +23,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 book: $(READY) _build/sources ## run the chapters that changed and build the book
-	@test -d $(CACHE) || { echo "The first time, every chapter runs: about ten minutes ..."; \
+	@test -d $(CACHE) || { echo "The first time, every chapter runs: 10 to 15 minutes ..."; \
 	  $(MAKE) --no-print-directory notebooks NB="$(PAGES)"; }
 	$(BIN)/jupyter-book build . -W --keep-going -n
 	@echo "Open _build/html/index.html, or run: make serve"
