@@ -17,7 +17,7 @@ SOURCES := $(sort $(wildcard ssdlib/*.py ssdlib/*/*.py ssdlib/tiny/* tests/golde
 
 .NOTPARALLEL:
 .PHONY: help book serve lab site pdf test lint pytest notebooks extras format bench \
-  elsewhere rehearse newest readme repository lock clean FORCE
+  elsewhere rehearse newest oldest readme repository lock clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -96,6 +96,13 @@ rehearse: $(READY) ## run chapters on a CPU as on a TPU: NB=book/06_generation.i
 newest: $(READY) ## replace jax and what depends on it by the newest, ahead of the pins
 	$(BIN)/python -m pip install --quiet --upgrade jax jaxlib jaxtyping optax
 	$(BIN)/python -c "import jax; print('jax', jax.__version__)"
+
+CORE = forms quadratic misuse model generate speculate int8 checkpoints weights \
+  recurrences sharding arguments evaluate mistakes
+oldest: $(READY) ## replace jax by the oldest version allowed, and test what computes
+	$(BIN)/python -m pip install --quiet $$(sed -n 's/.*"jax>=\([0-9.]*\)".*/jax==\1 jaxlib==\1/p' pyproject.toml)
+	$(BIN)/python -c "import jax; print('jax', jax.__version__)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(CORE:%=tests/test_%.py)
 
 readme: $(READY) ## rewrite README.md's table and figure from the records
 	$(BIN)/python tools/readme.py

@@ -12,6 +12,7 @@ __all__ = [
     "check_integers",
     "check_is",
     "check_key",
+    "check_parts",
     "check_shapes",
     "check_size",
     "check_tokens",
@@ -139,6 +140,17 @@ def check_length(name: str, sizes: dict[str, int]) -> None:
     """Raise ValueError for a sequence without tokens."""
     if sizes["T"] < 1:
         raise ValueError(f"{name}: T = 0 tokens; a sequence must hold at least 1")
+
+
+def check_parts(n: int, H: int, d: int, d_xBC: int) -> None:
+    """Raise ValueError if jax 0.7 would go wrong, as n leaves unequal parts."""
+    GN = (d_xBC - d) // 2
+    old = jax.__version_info__ < (0, 8) and jax.config.jax_use_shardy_partitioner
+    if old and (H % n or GN % n):
+        raise ValueError(
+            f"mesh: model = {n} must divide {H} heads and {GN} channels of B; what jax "
+            "0.7 computes is wrong otherwise: take 0.8 or newer, or scale.parallel"
+        )
 
 
 def check_floats(name: str, x) -> None:

@@ -275,6 +275,19 @@ def test_what_is_no_mesh_and_what_is_no_tree_is_named():
 
 
 @pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize("sizes", [{"n_heads": 8}, {"n_heads": 12, "d_state": 16}])
+def test_a_split_that_jax_0_7_gets_wrong_is_refused_there(monkeypatch, sizes):
+    """Its logits are 1e-3 to 1 off; the newer ones are right (the runs on a mesh)."""
+    config = Mamba2Config.tiny(**sizes)
+    params = ssdlib.init_params(config, jax.random.key(0))
+    mesh = jax.sharding.AbstractMesh((1, 1, 8), ("data", "seq", "model"))
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    for tree in (params, ssdlib.init_cache(config, 1)):
+        with pytest.raises(ValueError, match=r"model = 8 must divide .* jax 0.7"):
+            sharding.shard_as_is(tree, mesh)
+
+
+@pytest.mark.usefixtures("as_user")
 def test_parameters_and_caches_of_another_layout_are_named():
     """Rows of xBC in the model's order would fit, and compute something else."""
     config, token = Mamba2Config.tiny(), np.zeros(3, np.int32)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ssdlib import cache as one_device
-from ssdlib._checks import check_is, check_size, described, is_traced
+from ssdlib._checks import check_is, check_parts, check_size, described, is_traced
 from ssdlib.cache import Cache, check_layout
 from ssdlib.checkpoint.weights import open_slices
 from ssdlib.config import Mamba2Config
@@ -199,9 +199,11 @@ def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
     sent. `model` splits parameters, `data` the rows of a cache. Rows of W_in keep the
     order of `ssdlib.model`, so its parts straddle devices and more is sent than by
     `parallel`. What an axis does not divide lies whole on every device. Raises
-    ValueError for any other tree or mesh, and if `data` does not divide the batch.
+    ValueError for any other tree or mesh, if `data` does not divide the batch, and on
+    jax 0.7 if `model` leaves parts of unequal size: its XLA computes those wrongly.
     """
     check_mesh(mesh)
+    n = mesh.shape["model"]
 
     def put(v, *axes):
         fits = (
@@ -212,8 +214,12 @@ def shard_as_is(tree: Params | Cache, mesh: Mesh) -> Params | Cache:
 
     if not isinstance(tree, Cache):
         check_tree(tree, name="tree")
+        for p in tree["layers"]:
+            check_parts(n, *(len(p[key]) for key in ("A_log", "gate_norm", "conv")))
         return map_params(lambda _, key, v: put(v, *spec(key)), tree)
     check_batch(mesh, len(tree.length))
+    for v in tree.h:
+        check_parts(n, v.shape[1], v.shape[1] * v.shape[2], tree.conv.shape[-1])
     h = tuple(put(v, "data", "model") for v in tree.h)
     return Cache(conv=put(tree.conv, "data"), h=h, length=put(tree.length, "data"))
 
@@ -233,9 +239,7 @@ def init_cache(
     Raises ValueError if `data` does not divide the batch size.
     """
     shapes = cache_shapes(config, mesh, batch_size, dtype)
-    return jax.tree.map(
-        lambda v: jnp.zeros(v.shape, v.dtype, device=v.sharding), shapes
-    )
+    return jax.tree.map(lambda v: jnp.zeros_like(v, device=v.sharding), shapes)
 
 
 def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
@@ -255,10 +259,9 @@ def cache_shapes(config, mesh, batch_size, dtype=jnp.float32) -> Cache:
 def check_mesh(mesh) -> None:
     """Raise ValueError unless mesh has the axes of `make_mesh`."""
     if not isinstance(mesh, AnyMesh) or set(mesh.axis_names) != {*AXES}:
-        what = (
-            f"axes {mesh.axis_names}" if isinstance(mesh, AnyMesh) else described(mesh)
-        )
-        raise ValueError(f"mesh: {what}; it must have the axes {', '.join(AXES)}")
+        is_mesh = isinstance(mesh, AnyMesh)
+        was = f"axes {mesh.axis_names}" if is_mesh else described(mesh)
+        raise ValueError(f"mesh: {was}; it must have the axes {', '.join(AXES)}")
 
 
 def check_batch(mesh, b, name="batch_size") -> None:
