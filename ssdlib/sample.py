@@ -24,6 +24,7 @@ from ssdlib._checks import (
 
 __all__ = ["Options", "check_options", "probabilities", "sample"]
 
+BLOCK = 256  # logits; near the root of V, so that both draws are short
 TINY = np.finfo(np.float32).tiny
 
 
@@ -85,7 +86,23 @@ def sample(
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = _adjusted(logits, temperature, top_k, top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return jax.vmap(categorical)(keys, logits)
+
+
+def categorical(key: Array, logits: Float[Array, "V"]) -> Int[Array, ""]:
+    """An index ~ softmax(logits), of which the largest is about 0.
+
+    Its block of logits is drawn first, and then the index in the block. A draw is the
+    largest of logits + Gumbel noise, and noise takes longer than the sum of a block: in
+    this way V / BLOCK + BLOCK numbers of it are enough, where `jax.random.categorical`
+    makes V. Source of the noise: Maddison et al. 2014 (arXiv 1411.0030), section 2.
+    """
+    fill = (0, -len(logits) % BLOCK)
+    blocks = jnp.pad(logits, fill, constant_values=-jnp.inf).reshape(-1, BLOCK)
+    noise = jax.random.gumbel(key, (len(blocks) + BLOCK,), logits.dtype)
+    of_block, in_block = noise[: len(blocks)], noise[len(blocks) :]
+    i = jnp.argmax(jnp.log(jnp.exp(blocks).sum(axis=1)) + of_block)
+    return (i * BLOCK + jnp.argmax(blocks[i] + in_block)).astype(jnp.int32)
 
 
 def probabilities(logits: Float[Array, "... V"], options: Options) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import enable_x64
 from jax import export
+from scipy.stats import chisquare
 
 from ssdlib import (
     Mamba2Config,
@@ -26,7 +28,7 @@ from ssdlib import (
     stream,
 )
 from ssdlib.generate import LONGEST, bucket
-from ssdlib.sample import _keep, sample
+from ssdlib.sample import BLOCK, _keep, categorical, sample
 
 CONFIG = Mamba2Config.tiny()
 PARAMS = init_params(CONFIG, jax.random.key(3))
@@ -270,6 +272,22 @@ def test_samplers_draw_from_the_distribution_they_promise(how, p):
     got, p = frequencies(temperature=jnp.float32(1), **how), np.asarray(p)
     sigma = np.sqrt(p * (1 - p) / 20_000)
     assert (np.abs(got - p) <= 6 * sigma + 1e-12).all()
+
+
+def test_a_draw_by_blocks_is_one_of_all_logits():
+    """Over blocks of which one is empty, one is not full, and none weighs the same."""
+    V, n = 3 * BLOCK + 50, 100_000
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal(V) - np.linspace(0, 2, V)
+    logits[rng.random(V) < 0.2] = logits[BLOCK : 2 * BLOCK] = -np.inf
+    logits -= logits.max()
+    p = np.exp(logits) / np.exp(logits).sum()
+    keys = jax.random.split(KEY, n)
+    one = partial(categorical, logits=jnp.asarray(logits, jnp.float32))
+    seen = np.bincount(jax.jit(jax.vmap(one))(keys), minlength=V)
+    assert seen[p == 0].sum() == 0
+    real = p > 0
+    assert chisquare(seen[real], n * p[real]).pvalue > 1e-4
 
 
 def test_top_p_keeps_no_token_beyond_those_that_reach_it_exactly():

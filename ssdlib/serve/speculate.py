@@ -28,7 +28,13 @@ from ssdlib.config import Mamba2Config
 from ssdlib.generate import LONGEST, bucket, first_tokens
 from ssdlib.model import ArrayLike, prefill, read, read_all
 from ssdlib.params import Params, checked_params
-from ssdlib.sample import check_options, is_end, probabilities, unless_ended
+from ssdlib.sample import (
+    categorical,
+    check_options,
+    is_end,
+    probabilities,
+    unless_ended,
+)
 
 __all__ = ["Lookup", "ModelDraft", "Speculation", "speculate"]
 
@@ -192,8 +198,8 @@ def _speculation(
         def pick(p, use):
             if options.key is None:
                 return jnp.argmax(p, axis=-1).astype(jnp.int32)
-            key = jax.random.fold_in(now, use)
-            return jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
+            keys = jax.random.split(jax.random.fold_in(now, use), len(p))
+            return jax.vmap(categorical)(keys, jnp.log(p))
 
         def draw(logits, i):
             q = probabilities(logits, options)
