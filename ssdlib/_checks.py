@@ -143,13 +143,13 @@ def check_length(name: str, sizes: dict[str, int]) -> None:
 
 
 def check_parts(n: int, H: int, d: int, d_xBC: int) -> None:
-    """Raise ValueError if jax 0.7 would go wrong, as n leaves unequal parts."""
+    """Raise ValueError if n devices get unequal parts and jax 0.7 computes them."""
     GN = (d_xBC - d) // 2
     old = jax.__version_info__ < (0, 8) and jax.config.jax_use_shardy_partitioner
     if old and (H % n or GN % n):
         raise ValueError(
-            f"mesh: model = {n} must divide {H} heads and {GN} channels of B; what jax "
-            "0.7 computes is wrong otherwise: take 0.8 or newer, or scale.parallel"
+            f"mesh: model = {n}; jax 0.7 computes wrong numbers unless it divides the "
+            f"{H} heads and the {GN} channels of B: update jax, or use scale.parallel"
         )
 
 
