@@ -28,8 +28,8 @@ from mamba2_jax_hlo import programs as theirs
 
 from ssdlib.compiler import hlo
 from ssdlib.compiler.targets import compile_with
-from ssdlib.config import PRESETS
 from ssdlib.measure import record
+from ssdlib.params import PRESETS
 
 PATH = hlo.RECORDS / "compile_time.json"
 KEY = "who", "what", "size", "layers", "dtype", "target"

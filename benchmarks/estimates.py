@@ -23,7 +23,7 @@ from mamba2_jax_hlo import PREFILL
 
 import ssdlib
 from ssdlib.compiler import hlo
-from ssdlib.config import PRESETS
+from ssdlib.params import PRESETS
 
 PATH = hlo.RECORDS / "estimates.json"
 KEY = "what", "size", "target", "dtype"

@@ -22,7 +22,7 @@ from mamba2_jax_hlo import programs
 
 from ssdlib.compiler import hlo
 from ssdlib.compiler.targets import compile_with
-from ssdlib.config import PRESETS
+from ssdlib.params import PRESETS
 
 PATH = hlo.RECORDS / "step_bytes.json"
 TARGET, DTYPES = "tpu-v6e", ("float32", "bfloat16")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ssdlib.compiler.hlo import compile_for
-from ssdlib.config import PRESETS
+from ssdlib.params import PRESETS
 
 PREFILL = 1024
 

@@ -4,10 +4,9 @@ from ssdlib.cache import Cache, fork, init_cache
 from ssdlib.checkpoint.weights import load, save
 from ssdlib.chunked import ssd_chunked
 from ssdlib.compiler.hlo import compile_for
-from ssdlib.config import Mamba2Config
 from ssdlib.generate import Generation, generate, stream
 from ssdlib.model import decode_step, forward, prefill
-from ssdlib.params import init_params, quantize
+from ssdlib.params import Mamba2Config, init_params, quantize
 from ssdlib.quadratic import decay_mask, segsum, ssd_quadratic
 from ssdlib.recurrence import ssd_recurrent, ssd_step
 from ssdlib.serve.cards import load_cache, rewind, save_cache

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ssdlib._checks import check_is, check_size, described, floating
-from ssdlib.config import Mamba2Config
+from ssdlib.params import Mamba2Config
 from ssdlib.recurrence import accumulator
 
 __all__ = ["Cache", "fork", "init_cache"]

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from ssdlib._checks import check_integers, check_shapes, check_size
 from ssdlib.cache import init_cache
-from ssdlib.config import Mamba2Config
 from ssdlib.generate import bucket
 from ssdlib.model import ArrayLike, is_real, pieces, read_all
-from ssdlib.params import Params, checked_params
+from ssdlib.params import Mamba2Config, Params, checked_params
 from ssdlib.recurrence import accumulator
 
 __all__ = ["Evaluation", "evaluate", "next_token_loss"]

@@ -21,9 +21,8 @@ from jaxtyping import Array, Int
 
 from ssdlib._checks import check_size, check_tokens, is_traced
 from ssdlib.cache import Cache, check_cache, init_cache
-from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, prefill, read
-from ssdlib.params import Params, checked_params
+from ssdlib.params import Mamba2Config, Params, checked_params
 from ssdlib.sample import check_options, is_end, sample, unless_ended
 
 __all__ = ["Generation", "bucket", "generate", "stream"]

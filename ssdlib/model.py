@@ -19,8 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from ssdlib._checks import check_integers, check_size, check_tokens, is_traced
 from ssdlib.cache import Cache, append_inputs, causal_conv, check_cache, init_cache
-from ssdlib.config import Mamba2Config
-from ssdlib.params import Params, checked_params
+from ssdlib.params import Mamba2Config, Params, checked_params
 from ssdlib.platforms import (
     ONE_DEVICE,
     inverse_rms,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import config
+from ssdlib import params
 from ssdlib.__main__ import main
 from ssdlib.compiler import targets
 from ssdlib.compiler.chips import Chip
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setitem(config.PRESETS, "130m", SIZES)
+        patch.setitem(params.PRESETS, "130m", SIZES)
         patch.setattr(roofline, "measure_cpu", lambda nbytes: PEAK)
         command = "--lengths 16,32 --repeats 3 --batch 2 --out"
         assert main(["bench", *command.split(), str(folder)]) == 0

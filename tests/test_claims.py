@@ -21,7 +21,7 @@ from ssdlib.companion.verdicts import (
     VERDICTS,
 )
 from ssdlib.compiler.hlo import RECORDS
-from ssdlib.config import PRESETS
+from ssdlib.params import PRESETS
 
 PAPER = json.loads((RECORDS / "paper.json").read_text())
 CLAIMS, BOOK = claims.load()

@@ -15,9 +15,9 @@ import pytest
 import ssdlib
 from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.compiler.hlo import compile_for
-from ssdlib.config import PRESETS
 from ssdlib.measure import roofline
 from ssdlib.measure.roofline import Work
+from ssdlib.params import PRESETS
 from ssdlib.platforms import LONGEST_CHUNK
 
 

@@ -29,8 +29,8 @@ from ssdlib.beyond import transformer
 from ssdlib.companion.notebook import enable_x64
 from ssdlib.compiler import hlo, targets
 from ssdlib.compiler.chips import CHIPS
-from ssdlib.config import PRESETS
 from ssdlib.measure import bench, estimate, roofline
+from ssdlib.params import PRESETS
 
 PATH = hlo.RECORDS / "fits.json"
 KEY = "chapter", "what", "target"

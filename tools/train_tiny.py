@@ -23,10 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from ssdlib.checkpoint.weights import save
 from ssdlib.companion.corpus import corpus
-from ssdlib.config import Mamba2Config
 from ssdlib.evaluate import next_token_loss
 from ssdlib.model import ArrayLike, forward
-from ssdlib.params import Params, init_params
+from ssdlib.params import Mamba2Config, Params, init_params
 
 TINY = Mamba2Config(
     vocab_size=256,

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ssdlib._checks import check_fields, check_is, check_key, check_size, floating
-from ssdlib.config import Mamba2Config
-from ssdlib.params import Params, check_params, random_matrix
+from ssdlib.params import Mamba2Config, Params, check_params, random_matrix
 from ssdlib.params import init_params as init_mamba_params
 
 __all__ = ["AttentionConfig", "KVCache", "init_cache", "init_params"]

@@ -13,7 +13,7 @@ from reprlib import repr  # of what a file may hold: one line, cut where it is l
 from textwrap import shorten
 
 from ssdlib.checkpoint.hub import read_json, title
-from ssdlib.config import Mamba2Config
+from ssdlib.params import Mamba2Config
 
 __all__ = ["QUANTIZED", "load_config", "to_json"]
 

@@ -24,9 +24,8 @@ from ssdlib._checks import check_is, floating
 from ssdlib.checkpoint.config_json import QUANTIZED, load_config, to_json
 from ssdlib.checkpoint.hub import resolve, weight_files
 from ssdlib.checkpoint.tensor_files import headers
-from ssdlib.config import Mamba2Config
 from ssdlib.int8 import Int8Matrix
-from ssdlib.params import MATRICES, Params, check_params, is_int8
+from ssdlib.params import MATRICES, Mamba2Config, Params, check_params, is_int8
 
 __all__ = ["load", "save"]
 

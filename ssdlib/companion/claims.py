@@ -21,7 +21,7 @@ from ssdlib.companion.verdicts import RULES, VERDICTS, Finding
 from ssdlib.compiler import hlo
 from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.compiler.view import Table
-from ssdlib.config import PRESETS
+from ssdlib.params import PRESETS
 
 __all__ = ["BACKENDS", "Evidence", "judge", "load", "table"]
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ssdlib.compiler.view import count
-from ssdlib.config import PRESETS, Mamba2Config
 from ssdlib.measure import roofline
 from ssdlib.measure.estimate import estimate
+from ssdlib.params import PRESETS, Mamba2Config
 
 __all__ = ["RULES", "VERDICTS", "Finding"]
 

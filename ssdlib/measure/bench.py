@@ -25,12 +25,11 @@ from ssdlib.cache import init_cache
 from ssdlib.compiler.chips import CHIPS, Chip
 from ssdlib.compiler.targets import attached, chip_name
 from ssdlib.compiler.view import count
-from ssdlib.config import Mamba2Config
 from ssdlib.generate import generate
 from ssdlib.measure import record, roofline
 from ssdlib.measure.roofline import Work, with_chunks_of
 from ssdlib.model import forward, prefill
-from ssdlib.params import Params, check_params, init_params
+from ssdlib.params import Mamba2Config, Params, check_params, init_params
 
 __all__ = ["LENGTHS", "WHAT", "bench", "rounds", "shapes", "work"]
 

@@ -21,9 +21,9 @@ from ssdlib._checks import check_is
 from ssdlib.compiler.hlo import RECORDS
 from ssdlib.compiler.targets import chip_name, versions
 from ssdlib.compiler.view import Table, count
-from ssdlib.config import Mamba2Config
 from ssdlib.measure import roofline
 from ssdlib.measure.roofline import Work
+from ssdlib.params import Mamba2Config
 
 __all__ = [
     "RUNS",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ssdlib._checks import check_is, check_size
 from ssdlib.compiler.chips import Chip
-from ssdlib.config import Mamba2Config
+from ssdlib.params import Mamba2Config
 from ssdlib.platforms import LONGEST_CHUNK
 
 __all__ = [

@@ -27,9 +27,8 @@ from ssdlib._checks import (
 )
 from ssdlib.cache import Cache
 from ssdlib.cache import check_cache as check_one_device
-from ssdlib.config import Mamba2Config
 from ssdlib.model import ArrayLike, read
-from ssdlib.params import Params, init_params
+from ssdlib.params import Mamba2Config, Params, init_params
 from ssdlib.platforms import Axes
 from ssdlib.scale.sharding import (
     AnyMesh,

@@ -25,9 +25,8 @@ from ssdlib import cache as one_device
 from ssdlib._checks import check_is, check_parts, check_size, described, is_traced
 from ssdlib.cache import Cache, check_layout
 from ssdlib.checkpoint.weights import open_slices
-from ssdlib.config import Mamba2Config
 from ssdlib.int8 import Int8Matrix
-from ssdlib.params import Params
+from ssdlib.params import Mamba2Config, Params
 from ssdlib.params import check_params as check_tree
 
 __all__ = ["init_cache", "load", "make_mesh", "shard_as_is", "shard_by_head"]

@@ -21,10 +21,9 @@ from safetensors.numpy import save_file
 
 from ssdlib._checks import check_integers, check_is, check_tokens, floating
 from ssdlib.cache import Cache, check_cache, init_cache
-from ssdlib.config import Mamba2Config
 from ssdlib.generate import LONGEST, bucket
 from ssdlib.model import ArrayLike, prefill
-from ssdlib.params import Params, checked_params
+from ssdlib.params import Mamba2Config, Params, checked_params
 from ssdlib.recurrence import accumulator
 
 __all__ = ["load_cache", "rewind", "save_cache"]

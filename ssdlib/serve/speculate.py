@@ -24,10 +24,9 @@ from jaxtyping import Array, Int
 
 from ssdlib._checks import check_is, check_size, check_tokens
 from ssdlib.cache import Cache
-from ssdlib.config import Mamba2Config
 from ssdlib.generate import LONGEST, bucket, first_tokens
 from ssdlib.model import ArrayLike, prefill, read, read_all
-from ssdlib.params import Params, checked_params
+from ssdlib.params import Mamba2Config, Params, checked_params
 from ssdlib.sample import (
     categorical,
     check_options,
