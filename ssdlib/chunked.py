@@ -1,9 +1,13 @@
 """The algorithm: matrix products inside chunks of Q tokens, the recurrence across them.
 
-Cut the sequence into T/Q chunks. Inside a chunk the dual form computes every output
-from the chunk's inputs and the one state that enters it, and leaves one state behind.
-Across chunks those states obey the recurrence. A few chunks at once are computed side
-by side, and a scan hands the state on.
+    y_l = Σ_{m < s <= l} M_ls dt_s x_s + L_lm h_m C_l        for m < l <= m+Q
+    h_{m+Q} = L_{m+Q,m} h_m + Σ_{m < s <= m+Q} L_{m+Q,s} dt_s x_s B_sᵀ
+
+with M and L of `quadratic`. The sequence is cut into T/Q chunks; each begins after some
+token m, and the state h_m enters it. Inside a chunk the dual form computes every output
+from the chunk's inputs and that one state, and leaves one state behind. Across chunks
+those states obey the recurrence. A few chunks at once are computed side by side, and a
+scan hands the state on.
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 6.
 """
 

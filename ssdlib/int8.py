@@ -1,12 +1,12 @@
 """A matrix in eight bits, and its product with numbers that keep sixteen.
 
-    W ≈ diag(w) q          w_o = max_i |W_oi| / 127
-    u ≈ s (hi + lo / 254)  s   = max_i |u_i| / 127
-    W u ≈ w s (q hi + q lo / 254)
+    W ≈ diag(scale) values    scale_o = max_i |W_oi| / 127,  error ≤ scale_o / 2
+    u ≈ s (hi + lo / 254)     s       = max_i |u_i| / 127
+    W u ≈ diag(scale) (values hi + values lo / 254) s
 
-q, hi and lo are integers of one byte, so both products add up integers, without error.
-An activation fills two rows, its high and its low byte: thus the weights alone are
-rounded to eight bits. Chapter 11 shows what else could be, and what could not.
+values, hi and lo are integers of one byte, so both products add up integers, without
+error. An activation fills two rows, its high and its low byte: thus the weights alone
+are rounded to eight bits. Chapter 11 shows what else could be, and what could not.
 """
 
 from dataclasses import dataclass
