@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import params
 from ssdlib.__main__ import main
 from ssdlib.compiler import targets
 from ssdlib.compiler.chips import Chip
 from ssdlib.compiler.hlo import RECORDS
 from ssdlib.measure import bench, record, roofline
+from ssdlib.params import PRESETS
 from ssdlib.platforms import LONGEST_CHUNK
 
 SCHEMA = json.loads((RECORDS / "runs/schema.json").read_text())
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setitem(params.PRESETS, "130m", SIZES)
+        patch.setitem(PRESETS, "130m", SIZES)
         patch.setattr(roofline, "measure_cpu", lambda nbytes: PEAK)
         command = "--lengths 16,32 --repeats 3 --batch 2 --out"
         assert main(["bench", *command.split(), str(folder)]) == 0

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from ssdlib import Mamba2Config, params
+from ssdlib import Mamba2Config
 from ssdlib.__main__ import main
 from ssdlib.companion import commands
 from ssdlib.compiler import hlo
 from ssdlib.measure import roofline
+from ssdlib.params import PRESETS
 
 
 def run(capsys, *argv):
@@ -93,7 +94,7 @@ def test_errors_have_one_line_and_no_traceback(capsys, argv, message):
 
 
 def test_inspect_prints_the_table_and_its_totals(capsys, monkeypatch):
-    monkeypatch.setitem(params.PRESETS, "130m", (768, 1))
+    monkeypatch.setitem(PRESETS, "130m", (768, 1))
     status, out, err = run(capsys, "inspect", "--preset", "130m", "--rows", "5")
     assert (status, err) == (0, "")
     assert re.match(r"runs +kind +primitive +share +cycles +bytes +FLOP +code", out)
@@ -108,7 +109,7 @@ def test_inspect_prints_the_table_and_its_totals(capsys, monkeypatch):
 
 @pytest.mark.parametrize("what", ["decode", "prefill"])
 def test_inspect_runs_the_program_on_the_attached_device(capsys, monkeypatch, what):
-    monkeypatch.setitem(params.PRESETS, "130m", (768, 1))
+    monkeypatch.setitem(PRESETS, "130m", (768, 1))
     argv = f"inspect --run --what {what} --tokens 40 --by kernel --target h100".split()
     status, out, err = run(capsys, *argv)
     assert (status, err) == (0, "")

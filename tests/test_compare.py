@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import ssdlib
-from ssdlib import params
 from ssdlib.compiler.hlo import RECORDS
 from ssdlib.measure import roofline
+from ssdlib.params import PRESETS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCHEMA = json.loads((RECORDS / "compare/schema.json").read_text())
@@ -121,7 +121,7 @@ class FakePeer:
 def test_a_record_of_everything_is_valid_and_names_what_is_missing(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(params.PRESETS, "130m", (64, 1))
+    monkeypatch.setitem(PRESETS, "130m", (64, 1))
     monkeypatch.setattr(compare, "Peer", FakePeer)
     monkeypatch.setattr(compare.os, "sched_setaffinity", lambda *_: None, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
